@@ -1,0 +1,90 @@
+"""The only door to time, sleep, chance and ids: nothing else in Millstream asks the system for them.
+
+A `Clock` is passed to whoever needs one, never read from a global, so two apps in one process can live in different
+times, and `millstream.testing` can put a whole app under virtual time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import secrets
+import time
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Protocol
+
+# CLOCK_BOOTTIME goes on counting while a laptop sleeps, so a suspended process does not trust an old lease.
+_BOOT = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+_ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
+
+
+class Handle(Protocol):
+    """A timer that has not fired yet."""
+
+    def cancel(self) -> None: ...
+
+
+class Clock:
+    """The system's time, and asyncio's timers."""
+
+    def __init__(self) -> None:
+        self._prefix = ""
+        self._issued = 0
+        self._pid = 0
+
+    def now_ms(self) -> int:
+        """Wall clock time, in milliseconds since the epoch. For people and event times, never for liveness."""
+        return time.time_ns() // 1_000_000
+
+    def monotonic(self) -> float:
+        """Seconds that never go back and count a suspended machine's sleep too."""
+        return time.clock_gettime(_BOOT)
+
+    async def sleep(self, seconds: float) -> None:
+        """Pause the current task; 0 gives every other task one turn."""
+        await asyncio.sleep(seconds)
+
+    def timeout(self, seconds: float) -> AbstractAsyncContextManager[Any]:
+        """Raise `TimeoutError` in the block when it takes longer."""
+        return asyncio.timeout(seconds)
+
+    def call_later(self, seconds: float, callback: Callable[..., object], *args: Any) -> Handle:
+        """Call back from the event loop, once."""
+        return asyncio.get_running_loop().call_later(seconds, callback, *args)
+
+    async def wait(self, event: asyncio.Event, seconds: float) -> bool:
+        """Wait for the event to be set; False when the time ran out first."""
+        if event.is_set():
+            return True
+        try:
+            async with self.timeout(seconds):
+                await event.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def chance(self) -> float:
+        """A random number in [0, 1), for jitter."""
+        return random.random()  # noqa: S311 - jitter needs no secrecy
+
+    def nonce(self) -> str:
+        """Twelve characters that no other process will draw."""
+        return _base36(secrets.randbits(62)).rjust(12, "0")
+
+    def new_id(self) -> str:
+        """An event id of at most 24 characters, unique across processes: a random prefix and a counter."""
+        if self._pid != os.getpid():  # a forked child must not go on counting with its parent's prefix
+            self._pid, self._prefix, self._issued = os.getpid(), self.nonce(), 0
+        self._issued += 1
+        return f"{self._prefix}{self._issued:x}"
+
+
+def _base36(number: int) -> str:
+    digits = ""
+    while number:
+        number, digit = divmod(number, 36)
+        digits = _ALPHABET[digit] + digits
+    return digits or "0"

@@ -1,0 +1,116 @@
+"""Envelope: an event and what travels with it. Delivery: an envelope in a handler's hands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Generic
+
+import msgspec
+
+from millstream.stream import Position, Stream
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    T = TypeVar("T")
+    E_co = TypeVar("E_co", default=Any, covariant=True)
+else:  # the default needs typing_extensions, which only checkers have to have
+    from typing import TypeVar
+
+    T = TypeVar("T")
+    E_co = TypeVar("E_co", covariant=True)
+
+_read_headers = msgspec.json.Decoder(dict[str, str]).decode
+
+
+class Envelope(Generic[E_co]):
+    """An event and what travels with it.
+
+    To publish, give what should not be the default: an `id` of your own (1–64 printable ASCII characters), a `key` in
+    place of the stream's, `headers` (text to text). Reading a stream yields envelopes with everything filled in.
+    """
+
+    __slots__ = ("_headers", "event", "id", "key", "source", "time_ms", "type")
+
+    def __init__(
+        self,
+        event: E_co,
+        *,
+        id: str | None = None,
+        key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self.event = event
+        self.id = id or ""
+        """Unique; empty until Millstream has given one."""
+        self.key = key
+        self.type = ""
+        """The type's name on the wire."""
+        self.source = ""
+        """The app that published it."""
+        self.time_ms = 0
+        self._headers: Mapping[str, str] | bytes = headers or {}
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """What travels beside the event: `causation`, `correlation`, `traceparent`, and your own."""
+        if isinstance(self._headers, bytes):
+            self._headers = _read_headers(self._headers) if self._headers else {}
+        return self._headers
+
+    @property
+    def time(self) -> datetime:
+        """When it was published, in UTC."""
+        return datetime.fromtimestamp(self.time_ms / 1000, UTC)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.event!r}, id={self.id!r}, key={self.key!r})"
+
+
+class Delivery(Envelope[E_co]):
+    """An envelope in a handler's hands: where it lies, which attempt this is, until when."""
+
+    __slots__ = ("_deadline_ms", "_stage", "attempt", "last_attempt", "position")
+
+    def __init__(  # built by the worker for every delivery that a handler asks for: positional, and nothing computed
+        self,
+        event: E_co,
+        id: str,
+        key: str | None,
+        type: str,
+        source: str,
+        time_ms: int,
+        headers: bytes,
+        position: Position,
+        attempt: int,
+        last_attempt: bool,
+        deadline_ms: int | None,
+        stage: Callable[[Delivery[Any], Any, Stream[Any] | None], None],
+    ) -> None:
+        self.event = event
+        self.id = id
+        self.key = key
+        self.type = type
+        self.source = source
+        self.time_ms = time_ms
+        self._headers = headers
+        self.position = position
+        self.attempt = attempt
+        """1 for the first; counted before the handler runs."""
+        self.last_attempt = last_attempt
+        """True when a failure of this attempt makes the event a dead letter."""
+        self._deadline_ms = deadline_ms
+        self._stage = stage
+
+    @property
+    def deadline(self) -> datetime | None:
+        """When this attempt times out, in UTC; None without a timeout."""
+        return None if self._deadline_ms is None else datetime.fromtimestamp(self._deadline_ms / 1000, UTC)
+
+    def publish(self, event: T | Envelope[T], *, to: Stream[T] | None = None) -> None:
+        """Hand over an event to be stored together with this delivery's outcome. Does no I/O.
+
+        Stored only when the handler ends well. Raises `Unroutable` or `TooLarge` at once.
+        """
+        self._stage(self, event, to)

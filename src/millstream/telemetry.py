@@ -1,0 +1,44 @@
+"""The names of what happens, and a place to listen.
+
+Each app has one `Telemetry`; nothing is global. Emitting costs a truth test while nobody listens.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+logger = logging.getLogger("millstream")
+
+Listener: TypeAlias = Callable[[str, Mapping[str, Any]], None]
+
+RETRIED = "event.retried"  # group, position, attempt, delay_s, error
+POSTPONED = "event.postponed"  # group, position, delay_s
+DEAD = "event.dead"  # group, position, attempt, reason, error
+SKIPPED = "event.skipped"  # group, position, reason
+TIMED_OUT = "handler.timed_out"  # group, position, timeout_s
+LOST = "consumer.lost"  # group, positions: taken over by somebody else
+STALE = "settle.refused"  # group, positions: settled too late, somebody else has them
+BROKER_ERROR = "broker.error"  # group, error: retried with back-off
+LISTENER_FAILED = "listener.failed"  # stream, position, error
+
+
+class Telemetry:
+    """What happens in one app."""
+
+    def __init__(self) -> None:
+        self._listeners: list[Listener] = []
+
+    def listen(self, listener: Listener) -> Callable[[], None]:
+        """Call the listener with every event's name and measurements, from now on. Returns how to stop that."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    def emit(self, name: str, /, **measurements: Any) -> None:
+        """Tell all listeners. A listener that raises is logged and does no harm."""
+        for listener in self._listeners:
+            try:
+                listener(name, measurements)
+            except Exception:
+                logger.exception("a telemetry listener failed on %s", name)

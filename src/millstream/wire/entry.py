@@ -1,0 +1,95 @@
+"""Entry format, version 1: a record becomes the fields of an entry, and back. `docs/wire-format.md` describes it.
+
+An entry is a flat list of names and values, CloudEvents 1.0 in binary mode. The order is constant, since Redis stores
+the names of successive entries once as long as they are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from millstream.errors import WireError
+from millstream.units import MAX_EVENT_BYTES, MAX_HEADERS_BYTES, MAX_ID_CHARS, MAX_KEY_BYTES, MAX_TYPE_CHARS
+
+FIELDS = (b"id", b"type", b"source", b"time", b"subject", b"headers", b"data")
+_LAYOUT = list(FIELDS)
+_PREVIEW_BYTES = 256
+
+
+class Record(Struct, frozen=True, gc=False):
+    """What is appended: the event as bytes, and what travels with it. The partition is already chosen."""
+
+    partition: int
+    id: str
+    type: str
+    data: bytes
+    key: str | None = None
+    time_ms: int = 0
+    """Milliseconds since the epoch. 0 when appending: the time at which the broker stores it."""
+    headers: bytes = b""
+    """A JSON object, text to text, or empty."""
+    due_ms: int | None = None
+    """Not visible before (trait `delayed`)."""
+    source: str = ""
+    """The app that published it."""
+
+
+def write(record: Record) -> tuple[bytes, ...]:
+    """The fields of an entry: name, value, name, value, …"""
+    return (
+        b"id",
+        record.id.encode(),
+        b"type",
+        record.type.encode(),
+        b"source",
+        record.source.encode(),
+        b"time",
+        b"%d" % record.time_ms if record.time_ms else b"",
+        b"subject",
+        b"" if record.key is None else record.key.encode(),
+        b"headers",
+        record.headers,
+        b"data",
+        record.data,
+    )
+
+
+def read(fields: Sequence[bytes], *, partition: int, offset: str, stored_ms: int) -> Record:
+    """The record of an entry, in any order of fields; only `type` and `data` must be there.
+
+    A missing id is the entry's position, a missing time the one at which it was stored. Unknown fields are passed over.
+    Raises `WireError` for anything else, and for what is over a limit; looks at sizes before it decodes.
+    """
+    if fields[0::2] == _LAYOUT:  # what Millstream itself writes
+        _, id_, _, type_, _, source, _, time, _, subject, _, headers, _, data = fields
+    else:
+        found = dict(zip(reversed(fields[0::2]), reversed(fields[1::2]), strict=False))  # of a repeated name, the first
+        if b"type" not in found or b"data" not in found:
+            raise WireError(f"not an event, it lacks type or data: {preview(fields)}")
+        id_, type_, source, time, subject, headers, data = (found.get(name, b"") for name in FIELDS)
+    if len(data) > MAX_EVENT_BYTES or len(headers) > MAX_HEADERS_BYTES:
+        raise WireError(f"over the limit: data {len(data):,} bytes, headers {len(headers):,}: {preview(fields)}")
+    if not 0 < len(type_) <= MAX_TYPE_CHARS or len(id_) > MAX_ID_CHARS or len(subject) > MAX_KEY_BYTES:
+        raise WireError(f"type, id or subject is empty or over its limit: {preview(fields)}")
+    try:
+        return Record(
+            partition,
+            id_.decode() if id_ else f"{partition}@{offset}",
+            type_.decode(),
+            data,
+            subject.decode() if subject else None,
+            int(time) if time else stored_ms,
+            headers,
+            None,
+            source.decode(),
+        )
+    except ValueError as error:
+        raise WireError(f"{error}: {preview(fields)}") from None
+
+
+def preview(fields: Sequence[bytes]) -> str:
+    """The beginning of an entry that is not an event, as printable text."""
+    pairs = zip(fields[0:16:2], fields[1:16:2], strict=False)
+    return ", ".join(f"{bytes(name[:64])!r}: {bytes(value[:64])!r}" for name, value in pairs)[:_PREVIEW_BYTES]
