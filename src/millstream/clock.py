@@ -24,7 +24,9 @@ _ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
 class Handle(Protocol):
     """A timer that has not fired yet."""
 
-    def cancel(self) -> None: ...
+    def cancel(self) -> None:
+        """Do not fire. Safe to repeat."""
+        ...
 
 
 class Clock:

@@ -71,7 +71,7 @@ class Envelope(Generic[E_co]):
 class Delivery(Envelope[E_co]):
     """An envelope in a handler's hands: where it lies, which attempt this is, until when."""
 
-    __slots__ = ("_deadline_ms", "_stage", "attempt", "last_attempt", "position")
+    __slots__ = ("_deadline_ms", "_stage", "attempt", "last_attempt", "position", "staged")
 
     def __init__(  # built by the worker for every delivery that a handler asks for: positional, and nothing computed
         self,
@@ -86,7 +86,7 @@ class Delivery(Envelope[E_co]):
         attempt: int,
         last_attempt: bool,
         deadline_ms: int | None,
-        stage: Callable[[Delivery[Any], Any, Stream[Any] | None], None],
+        stage: Callable[[Delivery[Any], Any, Stream[Any] | None], Any],
     ) -> None:
         self.event = event
         self.id = id
@@ -102,6 +102,8 @@ class Delivery(Envelope[E_co]):
         """True when a failure of this attempt makes the event a dead letter."""
         self._deadline_ms = deadline_ms
         self._stage = stage
+        self.staged: list[Any] = []
+        """What `publish` was given so far, ready to be stored."""
 
     @property
     def deadline(self) -> datetime | None:
@@ -113,4 +115,4 @@ class Delivery(Envelope[E_co]):
 
         Stored only when the handler ends well. Raises `Unroutable` or `TooLarge` at once.
         """
-        self._stage(self, event, to)
+        self.staged.append(self._stage(self, event, to))

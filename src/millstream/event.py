@@ -49,7 +49,7 @@ else:
     class EventMeta(msgspec.StructMeta):
         """Takes the class keywords `type` and `version`, which `StructMeta` itself would refuse."""
 
-        def __new__(mcls, name, bases, namespace, /, *, type=None, version=1, **options):
+        def __new__(mcls, name, bases, namespace, /, *, type=None, version=1, **options):  # noqa: D102 - a dunder
             cls = super().__new__(mcls, name, bases, namespace, **({"frozen": True, "kw_only": True} | options))
             if type is not None:
                 setattr(cls, _MARK, _event_type(cls, type, version))

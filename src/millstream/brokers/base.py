@@ -304,9 +304,15 @@ class Broker(Protocol):
     """A place that keeps events."""
 
     @property
-    def traits(self) -> Traits: ...
+    def traits(self) -> Traits:
+        """Its powers; known once it is open."""
+        ...
+
     @property
-    def admin(self) -> Admin: ...
+    def admin(self) -> Admin:
+        """What people and monitoring look through."""
+        ...
+
     @property
     def url(self) -> str:
         """Where it is, for people: without a password."""

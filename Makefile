@@ -1,0 +1,48 @@
+# `make` lists the targets. Each makes what it needs: .venv from requirements.lock, and a Redis server for tests.
+
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint bench api lock redis clean
+
+help: ## list the targets
+	@echo "make TARGET [ARGS=\"…\"]"
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: $(READY) ## watch real flight events flow; ARGS="--events 20000 --speed max -o json"
+	@$(BIN)/millstream demo $(ARGS)
+
+test: $(READY) redis ## run the tests; ARGS="-k house -x"
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY) ## check format, rules and types
+	@$(BIN)/ruff format --check --quiet . || { $(BIN)/ruff format --diff --quiet .; exit 1; }
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+
+bench: $(READY) redis ## measure, beside the server's own limit
+	@$(BIN)/python benchmarks/run.py $(ARGS)
+
+api: $(READY) ## write tests/public_api.txt anew, after the public API was changed on purpose
+	@$(BIN)/python -m tests.public_api > tests/public_api.txt.new
+	@mv tests/public_api.txt.new tests/public_api.txt
+
+lock: ## renew the pins in requirements.lock; needs uv
+	@scripts/lock.sh
+
+clean: ## remove .venv and all caches
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+redis: $(READY)
+	@scripts/redis.sh $(VENV)
+
+# The stamp is written last: a setup that was cut off is done again.
+$(READY): requirements.lock pyproject.toml scripts/setup.sh
+	@scripts/setup.sh $(VENV)
+	@touch $@

@@ -1,0 +1,71 @@
+"""Every key name on a Redis server, and nothing else. `docs/wire-format.md` lists the same.
+
+A *log* is the stream of one partition, under a plain name, so that any client finds it. All else that belongs to a
+partition carries the log's name in braces: on a server with slots it lies where its log lies. What belongs to all
+partitions of a stream, the *unit* that one fence and one heartbeat cover, carries the stream's name in braces.
+
+Names of streams, groups and consumers have no colon and no brace, so no two of these names can be the same. With one
+partition the log is the stream: then the stream's `meta` and the partition's are one hash, whose fields differ.
+"""
+
+from __future__ import annotations
+
+
+class Keys:
+    """The keys of one stream in a namespace."""
+
+    __slots__ = ("_unit", "logs", "stream_meta", "streams")
+
+    def __init__(self, namespace: str, stream: str, partitions: int) -> None:
+        front = namespace + ":" if namespace else ""
+        name = front + stream
+        self._unit = f"{{{name}}}:"
+        self.streams = f"{front}millstream:streams".encode()
+        """Set: the names of all declared streams."""
+        self.stream_meta = f"{self._unit}meta".encode()
+        """Hash `v partitions key codec`: how the stream was declared."""
+        self.logs = (
+            (name.encode(),)
+            if partitions == 1
+            else tuple(f"{name}:{partition}".encode() for partition in range(partitions))
+        )
+        """Streams: the events of each partition."""
+
+    def log(self, partition: int) -> bytes:
+        """Stream: the events of a partition."""
+        return self.logs[partition]
+
+    def tick(self, group: str) -> bytes:
+        """Integer: how many beats there were so far."""
+        return f"{self._unit}tick:{group}".encode()
+
+    def live(self, group: str) -> bytes:
+        """Sorted set: each living consumer, and the tick of its last beat."""
+        return f"{self._unit}live:{group}".encode()
+
+    def fence(self, group: str, consumer: str) -> bytes:
+        """String: the consumer's nonce; while it exists, the consumer may settle."""
+        return f"{self._unit}fence:{group}:{consumer}".encode()
+
+    def due(self, partition: int, group: str) -> bytes:
+        """Sorted set: waiting entries, and when their next attempt is due (milliseconds; 0: at once)."""
+        return self._beside(partition, f"due:{group}")
+
+    def note(self, partition: int, group: str) -> bytes:
+        """Hash: entries that a crash left behind, and how often they had been started."""
+        return self._beside(partition, f"note:{group}")
+
+    def dead(self, partition: int, group: str) -> bytes:
+        """Stream: dead letters."""
+        return self._beside(partition, f"dead:{group}")
+
+    def stats(self, partition: int, group: str) -> bytes:
+        """Hash: durable counters `retried dead replayed dropped lost`."""
+        return self._beside(partition, f"stats:{group}")
+
+    def meta(self, partition: int) -> bytes:
+        """Hash: what must be remembered about the groups of a partition."""
+        return self._beside(partition, "meta")
+
+    def _beside(self, partition: int, name: str) -> bytes:
+        return b"{%b}:%b" % (self.logs[partition], name.encode())

@@ -1,0 +1,155 @@
+"""Router: what a module declares, to be included by an app. Part: anything that an app can include."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from typing import Any, Protocol, TypeVar
+
+from millstream.errors import BadHandler, BadSetting, BadStream
+from millstream.handlers import signature
+from millstream.handlers.subscriber import NEVER, Middleware, StartAt, Subscriber
+from millstream.retry import Batch, Retry
+from millstream.stream import Position, Stream
+from millstream.units import MAX_CONCURRENCY, Duration, check_name, seconds
+
+H = TypeVar("H", bound=Callable[..., Any])
+
+
+class Runtime(Protocol):
+    """What a running app offers to its parts."""
+
+    async def publish(self, event: Any, *, to: Stream[Any] | None = None) -> Position:
+        """As `App.publish`."""
+        ...
+
+
+class Part(Protocol):
+    """Something that an app can include: a router, a schedule, a flow, a projection."""
+
+    def subscribers(self) -> Iterable[Subscriber]:
+        """Its handlers."""
+        ...
+
+    def streams(self) -> Iterable[Stream[Any]]:
+        """The streams that it reads or writes."""
+        ...
+
+    def running(self, runtime: Runtime) -> AbstractAsyncContextManager[None]:
+        """Its own work, while a worker runs."""
+        ...
+
+
+class Router:
+    """Handlers that belong together, and the defaults that they share.
+
+    `middleware` goes around each of its handlers, the first one outermost; what includes the router puts its own around
+    those. `timeout` is a duration, or `"never"`.
+    """
+
+    def __init__(
+        self,
+        *,
+        retry: Retry | None = None,
+        timeout: Duration | None = None,
+        middleware: Sequence[Middleware] = (),
+    ) -> None:
+        self._retry = retry
+        self._timeout = _checked_timeout(timeout)
+        self._middleware = tuple(middleware)
+        self._subscribers: list[Subscriber] = []
+        self._parts: list[Part] = []
+
+    def subscriber(
+        self,
+        stream: Stream[Any],
+        group: str,
+        *,
+        batch: Batch | None = None,
+        retry: Retry | None = None,
+        timeout: Duration | None = None,
+        concurrency: int | None = None,
+        start: StartAt | None = None,
+    ) -> Callable[[H], H]:
+        """Bind a handler to a stream under a group; the handler stays a plain callable.
+
+        Every group gets every event; the handlers of one group share its events by type. The group is a durable name: it
+        keeps its place when the handler is renamed or moved. `start` counts at its birth only. Events of a group are
+        handled in any order, up to `concurrency` at once in each process (default 64; batches: 1; plain functions: 16
+        threads). Raises `BadHandler` at once.
+        """
+        _check_stream(stream)
+        if not isinstance(group, str):
+            raise BadHandler(f"group={group!r}: a group is a durable name and always written; see listener() otherwise")
+        check_name("group", group)
+        if concurrency is not None and not 1 <= concurrency <= MAX_CONCURRENCY:
+            raise BadSetting(f"concurrency={concurrency!r}: from 1 to {MAX_CONCURRENCY:,}")
+        _checked_timeout(timeout)
+
+        def bind(handler: H) -> H:
+            read = signature.read(handler, stream)
+            if batch is not None and not read.batch:
+                raise BadHandler(f"{read.where}: batch= needs a list; write events: list[…]")
+            self._subscribers.append(
+                Subscriber(stream, group, handler, read, batch, retry, timeout, concurrency, start)
+            )
+            return handler
+
+        return bind
+
+    def listener(self, stream: Stream[Any]) -> Callable[[H], H]:
+        """Bind a handler without a group: every running process calls it, from its start on.
+
+        Nothing is acknowledged, retried or kept: an error is logged and counted, and the event is over.
+        """
+        _check_stream(stream)
+
+        def bind(handler: H) -> H:
+            read = signature.read(handler, stream)
+            if read.batch:
+                raise BadHandler(f"{read.where}: a listener takes one event at a time")
+            self._subscribers.append(Subscriber(stream, "", handler, read))
+            return handler
+
+        return bind
+
+    def include(self, *parts: Part) -> None:
+        """Add routers and other parts."""
+        for part in parts:
+            if part is self or not all(hasattr(part, name) for name in ("subscribers", "streams", "running")):
+                raise BadHandler(f"{part!r} is not a part; include routers, or objects with the methods of Part")
+            self._parts.append(part)
+
+    def subscribers(self) -> Iterable[Subscriber]:
+        """All handlers, those of included parts too, with the defaults and the middleware that hold for them."""
+        for subscriber in self._subscribers:
+            yield subscriber.within(self._retry, self._timeout, self._middleware)
+        for part in self._parts:
+            for subscriber in part.subscribers():
+                yield subscriber.within(self._retry, self._timeout, self._middleware)
+
+    def streams(self) -> Iterable[Stream[Any]]:
+        """All streams that the handlers and parts name; one stream may come several times."""
+        for subscriber in self._subscribers:
+            yield subscriber.stream
+        for part in self._parts:
+            yield from part.streams()
+
+    @asynccontextmanager
+    async def running(self, runtime: Runtime) -> AsyncIterator[None]:
+        """The work of the included parts, while a worker runs."""
+        async with AsyncExitStack() as stack:
+            for part in self._parts:
+                await stack.enter_async_context(part.running(runtime))
+            yield
+
+
+def _check_stream(stream: Any) -> None:
+    if not isinstance(stream, Stream):
+        raise BadStream(f"{stream!r} is not a stream; write orders = Stream('orders', OrderPlaced) and give that")
+
+
+def _checked_timeout(timeout: Duration | None) -> Duration | None:
+    if timeout is not None and timeout != NEVER and seconds(timeout) <= 0:
+        raise BadSetting(f"timeout={timeout!r}: more than zero, or 'never'")
+    return timeout

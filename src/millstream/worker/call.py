@@ -1,0 +1,239 @@
+"""A group's handlers become one table: wire type to `Route`. A route decodes, injects, calls, and says what the end means.
+
+What a handler does not ask for costs it nothing: with neither delivery nor dependencies nor middleware, a call is one
+decode and one await. All of it is decided here, once, when a worker starts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import traceback
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+from millstream.brokers.base import Claim, Dead, Done, Later, Outcome, Output, Settlement
+from millstream.clock import Clock
+from millstream.delivery import Delivery
+from millstream.errors import BatchFailed, Reject, RetryLater, Skip, WireError
+from millstream.handlers.depends import Plan, ProcessScope, Replacements
+from millstream.handlers.subscriber import DEFAULT_TIMEOUT, NEVER, Call, Group, Handle, Subscriber
+from millstream.retry import Retry
+from millstream.stream import Stream
+from millstream.telemetry import DEAD, POSTPONED, RETRIED, SKIPPED, Telemetry
+from millstream.units import MAX_ERROR_CHARS, MAX_POSTPONED, seconds
+from millstream.wire import codec
+
+Stage: TypeAlias = Callable[[Delivery[Any], Any, Stream[Any] | None], Output]
+
+DONE = Done()
+_DEFAULT_RETRY = Retry()
+
+
+class Undecodable(Exception):
+    """The bytes are not an event of their type."""
+
+
+class Shop(NamedTuple):
+    """What all routes of a process share."""
+
+    clock: Clock
+    telemetry: Telemetry
+    stage: Stage
+    process: ProcessScope
+    replace: Replacements
+    threads: Executor
+
+
+class Route:
+    """How the events of one handler are called, and what becomes of them."""
+
+    def __init__(self, subscriber: Subscriber, shop: Shop) -> None:
+        self.subscriber = subscriber
+        self.timeout_s = _timeout_s(subscriber)
+        self._retry = subscriber.retry or _DEFAULT_RETRY
+        self._never = tuple(self._retry.never)
+        self._shop = shop
+        self._clock = shop.clock
+        signature = subscriber.signature
+        self._event, self._delivery = signature.event, signature.delivery
+        self._decode = {name: codec.decoder(cls) for name, cls in signature.types.items()}
+        self.plan = Plan(signature.depends, shop.replace, where=signature.where, batch=signature.batch)
+        handler = subscriber.handler
+        self._handler: Callable[..., Awaitable[None]] = _threaded(handler, shop.threads) if signature.sync else handler
+        self._handle = _composed(subscriber, self._invoke)
+        self.call = self._simplest()
+
+    def _simplest(self) -> Callable[[Claim], Awaitable[Sequence[Output]]]:
+        """The cheapest way to call this handler with one event. It answers the outputs, or raises what was raised."""
+        signature = self.subscriber.signature
+        if self.subscriber.middleware or signature.depends or signature.delivery or len(self._decode) != 1:
+            return self._call
+        handler, (decode,) = self._handler, self._decode.values()
+
+        async def call(claim: Claim) -> Sequence[Output]:
+            try:
+                event = decode(claim.stored.record.data)
+            except WireError as error:
+                raise Undecodable(str(error)) from None
+            await handler(event)
+            return ()
+
+        return call
+
+    async def _call(self, claim: Claim) -> Sequence[Output]:
+        delivery = self._delivered(claim)
+        await self._handle(Call((delivery,), self.subscriber))
+        return delivery.staged
+
+    async def batch(self, claims: Sequence[Claim]) -> list[Settlement]:
+        """Call a batch handler with all events that can be decoded, and settle every one of them by itself."""
+        deliveries: list[Delivery[Any]] = []
+        good: list[Claim] = []
+        settlements: list[Settlement] = []
+        for claim in claims:
+            try:
+                deliveries.append(self._delivered(claim))
+                good.append(claim)
+            except Undecodable as error:
+                settlements.append(Settlement(claim.stored.position, self.outcome(claim, error)))
+        failed: Mapping[int, BaseException] = {}
+        if good:
+            try:
+                await self._handle(Call(deliveries, self.subscriber))
+            except BatchFailed as error:
+                failed = _checked(error, len(good))
+        for index, claim in enumerate(good):
+            if index in failed:
+                settlements.append(Settlement(claim.stored.position, self.outcome(claim, failed[index])))
+            else:
+                settlements.append(Settlement(claim.stored.position, DONE, deliveries[index].staged))
+        return settlements
+
+    def outcome(self, claim: Claim, error: BaseException) -> Outcome:
+        """What an error of the handler means for the event."""
+        match error:
+            case Skip():
+                self._tell(SKIPPED, claim, reason=error.reason)
+                return Done(error.reason)
+            case Reject():
+                return self._dead(claim, "rejected", error.reason)
+            case Undecodable():
+                return self._dead(claim, "undecodable", str(error))
+            case RetryLater() if claim.postponed < MAX_POSTPONED:
+                delay_s = seconds(error.after)
+                self._tell(POSTPONED, claim, delay_s=delay_s)
+                return Later(self._clock.now_ms() + int(delay_s * 1000), "", counted=False)
+            case RetryLater():
+                return self._dead(claim, "failed", f"put off {MAX_POSTPONED:,} times by RetryLater")
+            case _ if isinstance(error, self._never):
+                return self._dead(claim, "never", _text(error))
+            case _ if claim.attempt >= self._retry.attempts:
+                return self._dead(claim, "failed", _text(error))
+        delay_s = self._retry.delay_s(claim.attempt, self._clock.chance())
+        self._tell(RETRIED, claim, delay_s=delay_s, error=error)
+        return Later(self._clock.now_ms() + int(delay_s * 1000), f"{type(error).__name__}: {error}"[:MAX_ERROR_CHARS])
+
+    def killed(self, claim: Claim) -> Outcome | None:
+        """The end of an event that took its process down once too often, the last time alone; it is not tried again."""
+        if claim.suspect < 3 or claim.attempt <= self._retry.attempts:
+            return None
+        return self._dead(claim, "crashed", f"its process died in {claim.attempt - 1} attempts, the last time alone")
+
+    def _invoke(self, call: Call) -> Awaitable[None]:
+        deliveries = call.deliveries
+        batch = self.subscriber.signature.batch
+        arguments: dict[str, Any] = {}
+        if self._event is not None:
+            arguments[self._event] = [d.event for d in deliveries] if batch else deliveries[0].event
+        if self._delivery is not None:
+            arguments[self._delivery] = list(deliveries) if batch else deliveries[0]
+        if not self.subscriber.signature.depends:
+            return self._handler(**arguments)
+        return self.plan.call(self._handler, arguments, None if batch else deliveries[0], self._shop.process)
+
+    def _delivered(self, claim: Claim) -> Delivery[Any]:
+        record = claim.stored.record
+        try:
+            event = self._decode[record.type](record.data)
+        except WireError as error:
+            raise Undecodable(str(error)) from None
+        timeout_s = self.timeout_s
+        return Delivery(
+            event,
+            record.id,
+            record.key,
+            record.type,
+            record.source,
+            record.time_ms,
+            record.headers,
+            claim.stored.position,
+            claim.attempt,
+            claim.attempt >= self._retry.attempts,
+            None if timeout_s == float("inf") else self._clock.now_ms() + int(timeout_s * 1000),
+            self._shop.stage,
+        )
+
+    def _dead(self, claim: Claim, reason: str, error: str) -> Dead:
+        self._tell(DEAD, claim, reason=reason, error=error)
+        return Dead(reason, error)
+
+    def _tell(self, name: str, claim: Claim, **measurements: Any) -> None:
+        self._shop.telemetry.emit(
+            name, group=self.subscriber.group, position=claim.stored.position, attempt=claim.attempt, **measurements
+        )
+
+
+def routes(group: Group, shop: Shop) -> dict[str, Route]:
+    """The table of a group: wire type to route. Types that nobody handles are not in it."""
+    made = {id(subscriber): Route(subscriber, shop) for subscriber in group.subscribers}
+    return {name: made[id(subscriber)] for name, subscriber in group.routes.items()}
+
+
+def unhandled(claim: Claim, group: Group, telemetry: Telemetry) -> Outcome:
+    """What becomes of an event that no handler of the group is for."""
+    record, stream = claim.stored.record, group.stream
+    if claim.fault:
+        dead = Dead("undecodable", claim.fault)
+    elif record.type in stream.types or stream.others == "skip":
+        return DONE
+    else:
+        error = f"this version of stream {stream.name!r} does not name {record.type!r}; replay it after an upgrade"
+        dead = Dead("unknown type", error)
+    position, attempt = claim.stored.position, claim.attempt
+    telemetry.emit(DEAD, group=group.name, position=position, attempt=attempt, reason=dead.reason, error=dead.error)
+    return dead
+
+
+def _composed(subscriber: Subscriber, handle: Handle) -> Handle:
+    for middleware in reversed(subscriber.middleware):
+        handle = middleware(handle)
+    return handle
+
+
+def _threaded(handler: Callable[..., None], threads: Executor) -> Callable[..., Awaitable[None]]:
+    async def call(*args: Any, **arguments: Any) -> None:
+        run = partial(contextvars.copy_context().run, handler, *args, **arguments)
+        await asyncio.get_running_loop().run_in_executor(threads, run)
+
+    return call
+
+
+def _timeout_s(subscriber: Subscriber) -> float:
+    timeout = subscriber.timeout if subscriber.timeout is not None else DEFAULT_TIMEOUT
+    return float("inf") if timeout == NEVER else seconds(timeout)
+
+
+def _checked(error: BatchFailed, size: int) -> Mapping[int, BaseException]:
+    """A batch that names events that it does not have failed as a whole: its word cannot be trusted."""
+    if all(isinstance(index, int) and 0 <= index < size for index in error.failed):
+        return error.failed
+    wrong = IndexError(f"BatchFailed names {list(error.failed)[:5]}, and the batch has {size} events")
+    return dict.fromkeys(range(size), wrong)
+
+
+def _text(error: BaseException) -> str:
+    """The traceback; of a long one the end, which names the error."""
+    return "".join(traceback.format_exception(error))[-MAX_ERROR_CHARS:]

@@ -1,0 +1,80 @@
+"""Settler: gathers outcomes and gives them to the broker in few large calls.
+
+There is no timer. While one call is under way, outcomes gather and leave with the next; a lone one leaves at once. So the
+batch grows with the load by itself: one outcome a call when little happens, hundreds when much does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from millstream.brokers.base import Consumer, Dead, Settlement
+from millstream.clock import Clock
+from millstream.errors import BrokerError, BrokerFull
+from millstream.telemetry import STALE, Telemetry
+from millstream.worker.backoff import Backoff
+
+MAX_SETTLE = 1_000  # what one call carries; more would hold up the heartbeat on a slow server
+
+
+class Settler:
+    """Settles what the lanes hand over, and tells how many events have left our hands."""
+
+    def __init__(
+        self, consumer: Consumer, group: str, clock: Clock, telemetry: Telemetry, settled: Callable[[int], None]
+    ) -> None:
+        self._consumer = consumer
+        self._group = group
+        self._telemetry = telemetry
+        self._backoff = Backoff("settle", group, clock, telemetry)
+        self._settled = settled
+        self._waiting: list[Settlement] = []
+        self._wake = asyncio.Event()
+        self._stopping = False
+
+    def add(self, settlement: Settlement) -> None:
+        """Hand over one outcome."""
+        if not self._waiting:
+            self._wake.set()
+        self._waiting.append(settlement)
+
+    def stop(self) -> None:
+        """Settle what there is, then end."""
+        self._stopping = True
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Ends after `stop`, when all is settled. Cancelled, it drops the rest: those events come again."""
+        while self._waiting or not self._stopping:
+            if self._waiting:
+                batch, self._waiting = self._waiting[:MAX_SETTLE], self._waiting[MAX_SETTLE:]
+                await self._settle(batch)
+            else:
+                self._wake.clear()
+                await self._wake.wait()
+
+    async def _settle(self, batch: list[Settlement]) -> None:
+        try:
+            answers = await self._consumer.settle(batch)
+        except BrokerFull as error:  # what needs no room is settled; the rest waits for it and blocks nothing
+            rest = [settlement for settlement in batch if _needs_room(settlement)]
+            self._settled(len(batch) - len(rest))
+            self._waiting += rest
+            await self._backoff.pause(error)
+        except BrokerError as error:  # nothing is known: the same again, until it is answered or refused
+            self._waiting = batch + self._waiting
+            await self._backoff.pause(error)
+        else:
+            self._backoff.reset()
+            self._settled(len(batch))
+            if not all(answers):
+                self._tell_refused(batch, answers)
+
+    def _tell_refused(self, batch: Sequence[Settlement], answers: Sequence[bool]) -> None:
+        refused = [settlement.position for settlement, ours in zip(batch, answers, strict=True) if not ours]
+        self._telemetry.emit(STALE, group=self._group, positions=refused)
+
+
+def _needs_room(settlement: Settlement) -> bool:
+    return bool(settlement.outputs) or isinstance(settlement.outcome, Dead)
