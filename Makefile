@@ -21,7 +21,7 @@ test: $(READY) redis ## run the tests; ARGS="-k house -x"
 	@$(BIN)/python -m pytest $(ARGS)
 
 lint: $(READY) ## check format, rules and types
-	@$(BIN)/ruff format --check --quiet . || { $(BIN)/ruff format --diff --quiet .; exit 1; }
+	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy
 

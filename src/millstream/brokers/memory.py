@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import groupby, islice
@@ -108,13 +108,11 @@ class MemoryBroker:
             raise NotSupported(f"{self.url} cannot consume in the order of keys")
         await self.declare(subscription.stream)
         log, name, owner = self.logs[subscription.stream.name], subscription.group, subscription.owner
-        if name not in log.groups:
-            log.groups[name] = _Group(log, name, owner, log.find(subscription.start))
-        group = log.groups[name]
+        group = log.groups.setdefault(name, _Group(log, name, owner, log.find(subscription.start)))
         if group.owner != owner:
             raise GroupOwned(
-                f"group {name!r} of stream {log.spec.name!r} belongs to the app {group.owner!r}, not to {owner!r}: use "
-                f"another name, or run `millstream group adopt {name}`"
+                f"group {name!r} of {log.spec.name!r} belongs to the app {group.owner!r}, not to {owner!r}: use another "
+                f"name, or run `millstream group adopt {name}`"
             )
         return MemoryConsumer(self, group, subscription.lease_s)
 
@@ -128,8 +126,8 @@ class MemoryBroker:
 
     def next_due_ms(self) -> int | None:
         """When the first waiting event of all groups is due, possibly in the past; None when none waits."""
-        groups = (group for log in self.logs.values() for group in log.groups.values())
-        return min((group.due[0][0] for group in groups if group.due), default=None)
+        waiting = (group.due for log in self.logs.values() for group in log.groups.values() if group.due)
+        return min((due[0][0] for due in waiting), default=None)
 
     def log(self, stream: str) -> _Log:
         """A declared stream's log. Raises `BrokerRefused` for any other."""
@@ -183,12 +181,10 @@ class MemoryConsumer:
             for output in settlement.outputs:
                 self._broker.check(output.stream, output.record)
         results = [self._settle(settlement) for settlement in settlements]
-        if None in results:
-            raise BrokerFull(
-                f"group {self._group.name!r} of stream {self._group.log.spec.name!r} keeps {MAX_DEAD:,} dead letters of "
-                f"one partition already: {results.count(None)} events stay pending until some are replayed or dropped"
-            )
-        return [bool(result) for result in results]
+        if (count := results.count(None)) > 0:
+            room = f"group {self._group.name!r} keeps {MAX_DEAD:,} dead letters of one partition, its limit"
+            raise BrokerFull(f"{room}: {count} more events stay pending until some are replayed or dropped")
+        return [result is True for result in results]
 
     async def keep(self) -> Kept:
         """Heartbeat. After this consumer was found silent: enter the group again, and tell what it lost."""
@@ -253,9 +249,8 @@ class MemoryAdmin:
 
     async def groups(self, stream: str) -> list[GroupInfo]:
         """All groups of a stream, by name. Empty for an unknown stream."""
-        log = self._broker.logs.get(stream)
-        now_s = self._broker.clock.monotonic()
-        return [group.info(now_s) for _, group in sorted(log.groups.items())] if log else []
+        groups = self._broker.logs[stream].groups if stream in self._broker.logs else {}
+        return [group.info(self._broker.clock.monotonic()) for _, group in sorted(groups.items())]
 
     async def pending(self, stream: str, group: str, limit: int) -> list[PendingInfo]:
         """The oldest pending events of each partition."""
@@ -273,13 +268,11 @@ class MemoryAdmin:
 
     async def replay(self, letters: Sequence[DeadLetter]) -> list[bool]:
         """Give dead letters back to their own group, attempts counted anew."""
-        groups = [self._group(letter.stream, letter.group) for letter in letters]
-        return [group is not None and group.replay(letter) for group, letter in zip(groups, letters, strict=True)]
+        return [self._take(letter, replay=True) for letter in letters]
 
     async def drop(self, letters: Sequence[DeadLetter]) -> list[bool]:
         """Discard dead letters for ever."""
-        groups = [self._group(letter.stream, letter.group) for letter in letters]
-        return [group is not None and group.drop(letter) for group, letter in zip(groups, letters, strict=True)]
+        return [self._take(letter, replay=False) for letter in letters]
 
     async def adopt(self, stream: str, group: str, owner: str) -> None:
         """Make another app the owner of a group."""
@@ -287,6 +280,10 @@ class MemoryAdmin:
         if found is None:
             raise BrokerRefused(f"stream {stream!r} has no group {group!r}")
         found.owner = owner
+
+    def _take(self, letter: DeadLetter, replay: bool) -> bool:
+        group = self._group(letter.stream, letter.group)
+        return group is not None and group.take_letter(letter.ref, replay)
 
     def _group(self, stream: str, group: str) -> _Group | None:
         log = self._broker.logs.get(stream)
@@ -385,7 +382,9 @@ class _Group:
         """Up to `limit` events for a member: those due again, then new ones."""
         if not member.present:
             return []
-        claims = [self._hold(member, pending) for pending in islice(self._due(now_ms), limit)]
+        claims: list[Claim] = []
+        while self.due and self.due[0][0] <= now_ms and len(claims) < limit:
+            claims.append(self._hold(member, heappop(self.due)[2]))
         # Each call begins one partition further, or a busy first one would starve the others.
         self.count["turn"] += 1
         for step in range(len(self.cursor)):
@@ -411,7 +410,7 @@ class _Group:
         pending.suspect = 0  # its process survived it
         match outcome:
             case Done():
-                self._forget(pending)
+                self._let_go(pending, forget=True)
                 self.count["done"] += 1
             case Later(at_ms=at_ms, counted=counted):
                 pending.attempt -= not counted
@@ -419,7 +418,7 @@ class _Group:
                 self.count["retried"] += counted
                 self._wait(pending, at_ms)
             case Dead(reason=reason, error=error):
-                self._forget(pending)
+                self._let_go(pending, forget=True)
                 self.count["buried"] += 1
                 ref = f"{self.count['buried']:012}"
                 what = (self.log.spec.name, self.name, pending.stored, reason, error[:MAX_ERROR_CHARS])
@@ -449,41 +448,26 @@ class _Group:
             member.held, member.present = taken, False  # which `keep` will tell it
             del self.members[member.name]
 
-    def replay(self, letter: DeadLetter) -> bool:
-        """Let the event of a dead letter wait, due at once, as a new one; False when the letter is gone."""
-        if self.dead.pop(letter.ref, None) is None:
+    def take_letter(self, ref: str, replay: bool) -> bool:
+        """Remove a dead letter, to forget it or to let its event wait as a new one; False when it is gone."""
+        letter = self.dead.pop(ref, None)
+        if letter is None:
             return False
-        self.count["replayed"] += 1
-        pending = self.pending[letter.stored.position] = _Pending(letter.stored)
-        self._wait(pending, 0)
+        self.count["replayed" if replay else "dropped"] += 1
+        if replay:
+            pending = self.pending[letter.stored.position] = _Pending(letter.stored)
+            self._wait(pending, 0)
         return True
-
-    def drop(self, letter: DeadLetter) -> bool:
-        """Forget a dead letter; False when it is gone."""
-        dropped = self.dead.pop(letter.ref, None) is not None
-        self.count["dropped"] += dropped
-        return dropped
 
     def quiet(self, now_ms: int) -> bool:
         due = bool(self.due) and self.due[0][0] <= now_ms
         return not due and len(self.pending) == len(self.due) and self._lag() == 0
 
     def info(self, now_s: float) -> GroupInfo:
-        return GroupInfo(
-            stream=self.log.spec.name,
-            group=self.name,
-            owner=self.owner,
-            consumers=sum(not member.silent(now_s) for member in self.members.values()),
-            lag=self._lag(),
-            pending=len(self.pending),
-            scheduled=len(self.due),
-            dead=len(self.dead),
-            **{name: self.count[name] for name in ("done", "retried", "replayed", "dropped")},
-        )
-
-    def _due(self, now_ms: int) -> Iterator[_Pending]:
-        while self.due and self.due[0][0] <= now_ms:
-            yield heappop(self.due)[2]
+        names = (self.log.spec.name, self.name, self.owner)
+        members = sum(not member.silent(now_s) for member in self.members.values())
+        now = (members, self._lag(), len(self.pending), len(self.due), len(self.dead))
+        return GroupInfo(*names, *now, *(self.count[name] for name in ("done", "retried", "replayed", "dropped")))
 
     def _hold(self, member: _Member, pending: _Pending) -> Claim:
         position = pending.stored.position
@@ -501,14 +485,12 @@ class _Group:
         heappush(self.due, (due_ms, self.count["waited"], pending))
         self.log.wake()
 
-    def _forget(self, pending: _Pending) -> None:
-        self._let_go(pending)
-        del self.pending[pending.stored.position]
-
-    def _let_go(self, pending: _Pending) -> None:
+    def _let_go(self, pending: _Pending, forget: bool = False) -> None:
         if pending.holder is not None:
             del pending.holder.held[pending.stored.position]
             pending.holder = None
+        if forget:
+            del self.pending[pending.stored.position]
 
     def _lag(self) -> int:
         return sum(len(self.log.partition(p)) - cursor for p, cursor in enumerate(self.cursor))

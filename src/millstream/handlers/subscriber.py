@@ -81,7 +81,7 @@ class Group:
             if len(subscribers) > 1:
                 raise BadHandler(f"{self._where(subscribers)}: a batch handler must be the only one of its group")
             self.batch = first.batch or Batch()
-        self.concurrency = self._one("concurrency")
+        self.concurrency: int | None = self._one("concurrency")
         self.start: StartAt = self._one("start") or "beginning"
 
     def _add(self, subscriber: Subscriber) -> None:

@@ -152,7 +152,7 @@ class Link(asyncio.Protocol):
             raise BrokerDown(f"{target.where} did not answer within {target.connect_timeout_s:g} s") from None
         except PermissionError as error:
             raise BrokerRefused(f"{target.where}: no permission to open this socket ({error})") from None
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # a host name may be no name at all
             raise BrokerDown(f"no server at {target.where}: start it, or correct the URL ({error})") from None
         except BrokerDown as error:
             if link.closed and link._complaint:  # refused at the door: the reason came before the end
@@ -269,7 +269,7 @@ class Link(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Part of `asyncio.Protocol`."""
-        self._transport = transport = cast(asyncio.Transport, transport)  # uvloop's is not a subclass
+        self._transport = transport = cast("asyncio.Transport", transport)  # uvloop's is not a subclass
         transport.set_write_buffer_limits(high=MAX_APPEND_BYTES)  # or every large append would wait for its own end
         connection = transport.get_extra_info("socket")
         if connection.family != socket.AF_UNIX:

@@ -1,0 +1,172 @@
+"""Events in one SQLite file, shared by all processes of a machine. The URL, publishing and reading.
+
+`file.py` finds the file, `writer.py` has the threads, `log.py` the events, `consumer.py` the groups, `schema.sql` all
+tables.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from sqlite3 import Connection
+from typing import cast
+from urllib.parse import parse_qsl, unquote
+
+from millstream.brokers.base import Confirm, Position, Record, Start, Stored, StreamSpec, Subscription, Traits
+from millstream.brokers.sqlite import log
+from millstream.brokers.sqlite.admin import SQLiteAdmin
+from millstream.brokers.sqlite.consumer import SQLiteConsumer
+from millstream.brokers.sqlite.file import File, InDoubt, Synchronous
+from millstream.brokers.sqlite.writer import Reader, Writer
+from millstream.clock import Clock
+from millstream.errors import BadSetting, BrokerDown, NotSupported, Unconfirmed
+from millstream.settings import Settings
+from millstream.telemetry import Telemetry, logger
+
+MAX_READ = 10_000  # events in one answer: the reader's transaction must stay short
+
+
+class SQLiteBroker:
+    """Keeps events in a file. Belongs to the event loop that opened it, and must not be open across a fork.
+
+    An event whose `append` returned survives a crash of all processes; with `synchronous=full`, the default, it survives a
+    power cut too. Processes of other machines cannot share the file: its locks do not reach over a network.
+    """
+
+    def __init__(self, url: str, settings: Settings, clock: Clock, telemetry: Telemetry) -> None:
+        path, self._synchronous = _parse(url)
+        self._path = path
+        self._prefix = f"{settings.namespace}:" if settings.namespace else ""
+        self._writer: Writer | None = None
+        self._reader: Reader | None = None
+        self.clock = clock
+        self.url = f"sqlite:///{os.path.abspath(path)}"
+        self.admin = SQLiteAdmin(self)
+        confirms: set[Confirm] = {"memory", "fsync"} if self._synchronous == "full" else {"memory"}
+        self.traits = Traits(atomic_outputs=True, confirms=frozenset(confirms))
+
+    async def open(self) -> None:
+        """Find or create the file. Raises `BrokerRefused` for one that is not ours, and leaves it untouched."""
+        if self._writer is not None:
+            return
+        file = File(self._path, self._synchronous)
+        await asyncio.to_thread(file.open)
+        writer, reader = Writer(file, self.clock), Reader(file, self.clock)
+        await writer.start()
+        try:
+            await reader.start()
+        except BaseException:
+            await writer.close()
+            raise
+        self._writer, self._reader = writer, reader
+        logger.info("events are in %s", file.path)
+
+    async def close(self) -> None:
+        """Store what was asked for, end both threads."""
+        writer, reader, self._writer, self._reader = self._writer, self._reader, None, None
+        if reader is not None:
+            await reader.close()
+        if writer is not None:
+            await writer.close()
+
+    @property
+    def writer(self) -> Writer:
+        """The thread that writes. Raises `BrokerDown` while the broker is not open."""
+        if self._writer is None:
+            raise BrokerDown(f"{self.url} is not open")
+        return self._writer
+
+    @property
+    def reader(self) -> Reader:
+        """The thread that reads. Raises `BrokerDown` while the broker is not open."""
+        if self._reader is None:
+            raise BrokerDown(f"{self.url} is not open")
+        return self._reader
+
+    def inside(self, stream: str) -> str:
+        """A stream's name inside the file: several namespaces share it."""
+        return self._prefix + stream
+
+    def outside(self, name: str) -> str | None:
+        """A stream's name as users know it; None when it belongs to another namespace."""
+        namespace, separator, stream = name.rpartition(":")
+        return stream if namespace + separator == self._prefix else None
+
+    async def declare(self, stream: StreamSpec) -> None:
+        """Create the stream, or compare it with what is recorded: `StreamMismatch`."""
+        name = self.inside(stream.name)
+
+        def job(db: Connection) -> None:
+            log.declare(db, name, stream)
+
+        await self.writer.ask(job, durable=True)
+
+    async def append(self, stream: str, records: Sequence[Record], confirm: Confirm = "memory") -> list[Position]:
+        """Store the records in one transaction: all of them or none. They are on the disk when this returns."""
+        if confirm not in self.traits.confirms:
+            raise NotSupported(f"{self.url} cannot confirm {confirm!r}, only {', '.join(sorted(self.traits.confirms))}")
+        if not records:
+            return []
+        name, now_ms = self.inside(stream), self.clock.now_ms()
+        try:
+            return await self.writer.ask(lambda db: log.store(db, name, records, now_ms), durable=True, rings=True)
+        except InDoubt as error:
+            raise Unconfirmed(str(error), results=[None] * len(records)) from error
+
+    async def read(self, stream: str, partition: int, after: Position | None, limit: int) -> list[Stored]:
+        """Up to `limit` events behind a position, in order; an empty list is the end."""
+        name, limit = self.inside(stream), min(limit, MAX_READ)
+        return await self.reader.ask(lambda db: log.read(db, name, partition, after, limit))
+
+    async def locate(self, stream: str, start: Start) -> dict[int, Position | None]:
+        """For each partition, the position behind which `read` begins. A time is that of storing."""
+        name = self.inside(stream)
+
+        def job(db: Connection) -> dict[int, Position | None]:
+            known = log.known_as(db, name)
+            found = {p: log.locate(db, known.log(p), start) for p in range(known.partitions)}
+            return {p: Position(p, str(seq)) if seq else None for p, seq in found.items()}
+
+        return await self.reader.ask(job)
+
+    async def wait(self, stream: str, after: Mapping[int, Position | None], wait_s: float) -> None:
+        """Return when there is an event behind one of these positions, or the time is up."""
+        name = self.inside(stream)
+
+        def job(db: Connection) -> bool:
+            known = log.known_as(db, name)
+            return any(log.locate(db, known.log(p), "now") > log.seq_of(position) for p, position in after.items())
+
+        until_s = self.clock.monotonic() + wait_s
+        while True:
+            bell = self.writer.bell
+            if await self.reader.ask(job):
+                return
+            left_s = until_s - self.clock.monotonic()
+            if left_s <= 0 or not await self.writer.listen(bell, left_s):
+                return
+
+    async def subscribe(self, subscription: Subscription) -> SQLiteConsumer:
+        """Join a group, which is made if it is new."""
+        if subscription.order:
+            raise NotSupported(f"{self.url} cannot consume in the order of keys")
+        consumer = SQLiteConsumer(self, subscription)
+        await consumer.enter()
+        return consumer
+
+
+def _parse(url: str) -> tuple[str, Synchronous]:
+    """The path and the option of a URL, or `BadSetting`."""
+    rest, _, query = url.removeprefix("sqlite://").partition("?")
+    host, slash, path = rest.partition("/")
+    path = unquote(path)
+    if host or not slash or not path or path.startswith(":"):
+        raise BadSetting(f"{url!r}: write sqlite:///shop.db for a file here, or sqlite:////data/shop.db for a full path")
+    options: dict[str, str] = {"synchronous": "full"}
+    with suppress(ValueError):
+        given = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=True)) if query else {}
+        if given.keys() <= options.keys() and given.get("synchronous", "full") in ("full", "normal"):
+            return path, cast("Synchronous", (options | given)["synchronous"])
+    raise BadSetting(f"{url!r}: the only option is synchronous, full or normal")

@@ -1,0 +1,366 @@
+"""Lanes: long-lived tasks that take claims from a queue and await the handler directly.
+
+No task per event (2 to 4 µs), no timer per event (4 µs): a lane stamps its deadline, and one sweeper looks at all lanes a
+few times per timeout. A handler that never suspends is run by one lane to the end of the queue, the others stay asleep; as
+soon as it suspends, the next lane wakes.
+
+A lane is cancelled for one of three causes, noted beside it, so that the CancelledError which then comes out of the handler
+can be told from one that the handler raised itself:
+
+    TIMEOUT   the event failed, like any other failure
+    LOST      somebody else has the event by now: nothing is settled, what it published is dropped
+    CUT       the grace is over: nothing is settled, the event goes back
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from enum import Enum
+
+from millstream.brokers.base import Claim, Consumer, Position, Settlement
+from millstream.clock import Clock
+from millstream.errors import BrokerError, LeaseLost
+from millstream.handlers.subscriber import Group
+from millstream.telemetry import TIMED_OUT, Telemetry
+from millstream.units import seconds
+from millstream.worker.backoff import Backoff
+from millstream.worker.call import DONE, Route, unhandled
+from millstream.worker.keeper import Keeper
+
+_FOREVER = float("inf")
+_TURN_S = 0.005  # a lane that never suspends lets the heartbeat, the settler and the reader run this often
+_SWEEP_S = 0.5  # a timeout is noticed within this time, or a tenth of it
+
+
+class Cause(Enum):
+    """Why a lane was cancelled."""
+
+    TIMEOUT = 0
+    LOST = 1
+    CUT = 2
+
+
+class Gate:
+    """All handlers of a process pass it: side by side, or one suspect with nothing beside it."""
+
+    def __init__(self) -> None:
+        self.running = 0
+        self.closed = False
+        self._changed = asyncio.Event()
+        self._alone = asyncio.Lock()
+
+    def leave(self) -> None:
+        """A handler has ended."""
+        self.running -= 1
+        if self.closed:
+            self._changed.set()
+
+    async def opened(self) -> None:
+        """Wait until handlers may run side by side again."""
+        async with self._alone:
+            pass
+
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """Close the gate, wait for the running handlers, and open it again at the end."""
+        async with self._alone:
+            self.closed = True
+            try:
+                while self.running:
+                    self._changed.clear()
+                    await self._changed.wait()
+                yield
+            finally:
+                self.closed = False
+
+
+class Lane:
+    """One handler at a time."""
+
+    __slots__ = ("cause", "claims", "deadline", "task")
+
+    def __init__(self) -> None:
+        self.task: asyncio.Task[None] | None = None
+        self.claims: Sequence[Claim] = ()
+        self.deadline = _FOREVER
+        self.cause: Cause | None = None
+
+    def cancel(self, cause: Cause) -> None:
+        """Cancel the handler that runs now, if one does."""
+        if self.claims and self.cause is None and self.task is not None:
+            self.cause = cause
+            self.task.cancel()
+
+    def take_cause(self) -> Cause | None:
+        """The cause of our cancellation, which is over now: the lane goes on."""
+        cause, self.cause = self.cause, None
+        if cause is not None and self.task is not None:
+            self.task.uncancel()
+        return cause
+
+
+class Lanes:
+    """The lanes of one group, and the queue before them."""
+
+    def __init__(
+        self,
+        group: Group,
+        routes: dict[str, Route],
+        consumer: Consumer,
+        keeper: Keeper,
+        gate: Gate,
+        clock: Clock,
+        telemetry: Telemetry,
+        settle: Callable[[Settlement], None],
+        dropped: Callable[[int], None],
+        concurrency: int,
+    ) -> None:
+        self._group = group
+        self._routes = routes
+        self._consumer = consumer
+        self._keeper = keeper
+        self._gate = gate
+        self._clock = clock
+        self._telemetry = telemetry
+        self._settle = settle
+        self._dropped = dropped
+        self._queue: deque[Claim] = deque()
+        self._lanes = [Lane() for _ in range(concurrency)]
+        self._idle: list[asyncio.Future[None]] = []
+        self._gathering = asyncio.Lock()
+        self._more = asyncio.Event()
+        self._stopping = False
+        self._turn = clock.monotonic()
+        self._within_s = seconds(group.batch.within) if group.batch is not None else 0.0
+
+    def put(self, claims: Iterable[Claim]) -> None:
+        """Queue claims."""
+        self._queue.extend(claims)
+        self._more.set()
+        self._wake()
+
+    def discard(self, lost: frozenset[Position]) -> None:
+        """Forget what is not ours any more: queued claims go, handlers that run on one are cancelled."""
+        before = len(self._queue)
+        self._queue = deque(claim for claim in self._queue if claim.stored.position not in lost)
+        self._dropped(before - len(self._queue))
+        for lane in self._lanes:
+            if any(claim.stored.position in lost for claim in lane.claims):
+                lane.cancel(Cause.LOST)
+
+    def stop(self) -> None:
+        """Start nothing more; `run` ends when the running handlers have ended."""
+        self._stopping = True
+        self._more.set()
+        while self._idle:
+            self._wake()
+
+    def cut(self) -> bool:
+        """Cancel the running handlers; True if there were any."""
+        running = [lane for lane in self._lanes if lane.claims]
+        for lane in running:
+            lane.cancel(Cause.CUT)
+        return bool(running)
+
+    async def run(self) -> None:
+        """Own the lanes and the sweeper. Ends after `stop`."""
+        work = self._single if self._group.batch is None else self._batches
+        async with asyncio.TaskGroup() as tasks:
+            sweeper = tasks.create_task(self._sweep())
+            async with asyncio.TaskGroup() as lanes:
+                for lane in self._lanes:
+                    lane.task = lanes.create_task(work(lane))
+            sweeper.cancel()
+
+    async def _single(self, lane: Lane) -> None:
+        """One event after the other, until there are no more to come."""
+        while await self._ready():
+            claim = self._queue.popleft()
+            if self._idle and self._queue:
+                self._wake()
+            route = self._routes.get(claim.stored.record.type)
+            if route is None or claim.fault:
+                self._settle(Settlement(claim.stored.position, unhandled(claim, self._group, self._telemetry)))
+            elif claim.suspect:
+                await self._suspects(lane, route, (claim,))
+            else:
+                await self._handle(lane, route, claim)
+
+    async def _handle(self, lane: Lane, route: Route, claim: Claim) -> None:
+        gate = self._gate
+        gate.running += 1
+        lane.claims = (claim,)
+        lane.deadline = self._turn + route.timeout_s
+        try:
+            outputs = await route.call(claim)
+        except BaseException as error:
+            self._failed(lane, route, error)
+        else:
+            self._settle(Settlement(claim.stored.position, DONE, outputs))
+        finally:
+            lane.deadline = _FOREVER
+            lane.claims = ()
+            if lane.cause is not None:  # the handler swallowed its cancellation
+                lane.take_cause()
+            gate.leave()
+
+    async def _batches(self, lane: Lane) -> None:
+        """One batch after the other. Only one lane gathers at a time, so that batches become full."""
+        while True:
+            async with self._gathering:
+                claims = await self._gather()
+            if not claims:
+                return
+            known: list[Claim] = []
+            for claim in claims:
+                if claim.fault or claim.stored.record.type not in self._routes:
+                    self._settle(Settlement(claim.stored.position, unhandled(claim, self._group, self._telemetry)))
+                else:
+                    known.append(claim)
+            if not known:
+                continue
+            route = self._routes[known[0].stored.record.type]
+            if any(claim.suspect for claim in known):
+                await self._suspects(lane, route, known)
+            else:
+                await self._handle_batch(lane, route, known)
+
+    async def _gather(self) -> list[Claim]:
+        """The next batch: full, or what came within the time. Empty when there will be no more."""
+        assert self._group.batch is not None
+        size = self._group.batch.size
+        while await self._ready():
+            until = self._clock.monotonic() + self._within_s
+            while len(self._queue) < size and not self._stopping:
+                left_s = until - self._clock.monotonic()
+                self._more.clear()
+                if left_s <= 0 or not await self._clock.wait(self._more, left_s):
+                    break
+            if not await self._ready():  # while we gathered, trust may have run out or the gate have closed
+                break
+            batch: list[Claim] = []
+            while len(batch) < size and self._queue and not self._stopping:
+                if batch and max(self._queue[0].suspect, batch[0].suspect) > 1:
+                    break  # who was running in a crash is called alone
+                batch.append(self._queue.popleft())
+            if batch:
+                return batch
+        return []
+
+    async def _handle_batch(self, lane: Lane, route: Route, claims: Sequence[Claim]) -> None:
+        self._gate.running += 1
+        lane.claims = claims
+        lane.deadline = self._clock.monotonic() + route.timeout_s
+        try:
+            for settlement in await route.batch(claims):
+                self._settle(settlement)
+        except BaseException as error:
+            self._failed(lane, route, error)
+        finally:
+            lane.deadline = _FOREVER
+            lane.claims = ()
+            if lane.cause is not None:
+                lane.take_cause()
+            self._gate.leave()
+
+    async def _suspects(self, lane: Lane, route: Route, claims: Sequence[Claim]) -> None:
+        """Events that a crash left behind: noted as started first, and alone if they were running in one."""
+        killed = route.killed(claims[0])
+        if killed is not None:
+            self._settle(Settlement(claims[0].stored.position, killed))
+        elif claims[0].suspect == 1:
+            if await self._begin(claims):
+                while self._gate.closed:
+                    await self._gate.opened()
+                await self._handle_any(lane, route, claims)
+        else:
+            async with self._gate.alone():
+                if await self._begin(claims):
+                    await self._handle_any(lane, route, claims)
+
+    async def _handle_any(self, lane: Lane, route: Route, claims: Sequence[Claim]) -> None:
+        if self._group.batch is None:
+            await self._handle(lane, route, claims[0])
+        else:
+            await self._handle_batch(lane, route, claims)
+
+    async def _begin(self, claims: Sequence[Claim]) -> bool:
+        """Note that these start now. False, and they are dropped, when we stop or they are not ours any more."""
+        backoff = Backoff("begin", self._group.name, self._clock, self._telemetry)
+        while not self._stopping:
+            try:
+                await self._consumer.begin([claim.stored.position for claim in claims])
+            except LeaseLost:
+                break
+            except BrokerError as error:
+                await backoff.pause(error)
+            else:
+                return True
+        self._dropped(len(claims))
+        return False
+
+    async def _ready(self) -> bool:
+        """Wait until a claim may be started: True. False when there will be no more."""
+        while not self._stopping:
+            if not self._queue:
+                await self._sleep()
+                continue
+            now = self._clock.monotonic()
+            if now >= self._keeper.trusted_until:
+                await self._keeper.answer()
+            elif self._gate.closed:
+                await self._gate.opened()
+            elif now - self._turn > _TURN_S:
+                await self._clock.sleep(0)
+                self._turn = self._clock.monotonic()
+            else:
+                self._turn = now
+                return True
+        return False
+
+    async def _sleep(self) -> None:
+        waiter = asyncio.get_running_loop().create_future()
+        self._idle.append(waiter)
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            if waiter in self._idle:
+                self._idle.remove(waiter)
+            raise
+
+    def _wake(self) -> None:
+        if self._idle:
+            waiter = self._idle.pop()
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def _failed(self, lane: Lane, route: Route, error: BaseException) -> None:
+        """A call raised: settle what it was for, unless that is not ours to decide. Raises what ends the worker."""
+        claims, cause = lane.claims, lane.take_cause()
+        if lane.task is not None and lane.task.cancelling() and isinstance(error, asyncio.CancelledError):
+            raise error  # the worker itself is being cancelled
+        if isinstance(error, KeyboardInterrupt | GeneratorExit):
+            raise error
+        if cause is Cause.LOST or cause is Cause.CUT:
+            self._dropped(len(claims))
+            return
+        if cause is Cause.TIMEOUT:
+            self._telemetry.emit(
+                TIMED_OUT, group=self._group.name, position=claims[0].stored.position, timeout_s=route.timeout_s
+            )
+            error = TimeoutError(f"the handler had not ended after {route.timeout_s:g} s")
+        for claim in claims:
+            self._settle(Settlement(claim.stored.position, route.outcome(claim, error)))
+
+    async def _sweep(self) -> None:
+        """Cancel handlers that are past their deadline. Ends by cancellation."""
+        period_s = min(_SWEEP_S, min(route.timeout_s for route in self._routes.values()) / 10)
+        while True:
+            await self._clock.sleep(period_s)
+            now = self._clock.monotonic()
+            for lane in self._lanes:
+                if now > lane.deadline:
+                    lane.cancel(Cause.TIMEOUT)

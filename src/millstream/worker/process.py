@@ -1,0 +1,146 @@
+"""One worker process: the workers and listeners of an app, started, drained and cut off together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
+from datetime import datetime, timedelta
+
+from millstream.brokers.base import Broker, Start, StreamSpec, Subscription
+from millstream.clock import Clock
+from millstream.handlers.depends import ProcessScope, Replacements
+from millstream.handlers.subscriber import Group, StartAt, Subscriber
+from millstream.settings import Settings
+from millstream.telemetry import Telemetry, logger
+from millstream.units import MAX_CONCURRENCY, seconds
+from millstream.worker.call import Route, Shop, Stage, routes
+from millstream.worker.lanes import Gate
+from millstream.worker.listener import Listener
+from millstream.worker.worker import Worker
+
+_LAST_WORD_S = 1.0  # after the grace: time to settle what did finish, before everything is cancelled
+
+
+class Process:
+    """All that handles events in this process."""
+
+    def __init__(self, workers: list[Worker], gate: Gate, settings: Settings, clock: Clock) -> None:
+        self._workers = workers
+        self._gate = gate
+        self._settings = settings
+        self._clock = clock
+        self._running: set[asyncio.Task[None]] = set()
+        self.finished = True
+        """False once the grace was over before the work was."""
+
+    @property
+    def busy(self) -> bool:
+        """True while a handler runs, or an event is fetched and not settled."""
+        return bool(self._gate.running) or any(worker.in_flight for worker in self._workers)
+
+    def cut(self) -> None:
+        """Cancel the handlers that still run."""
+        for worker in self._workers:
+            worker.cut()
+
+    def start(self, tasks: asyncio.TaskGroup) -> None:
+        """Run the workers in a group of tasks."""
+        self._running = {tasks.create_task(worker.run(), name=f"group {worker.group.name}") for worker in self._workers}
+
+    async def drain(self) -> None:
+        """Stop, and give the handlers their grace to finish; then cut them off. May be called again."""
+        for worker in self._workers:
+            worker.stop()
+        if not await self._ended(self._settings.grace_s):
+            logger.warning("the grace of %g s is over: running handlers are cut off", self._settings.grace_s)
+            self.cut()
+            if not await self._ended(_LAST_WORD_S):
+                self.finished = False
+                for task in self._running:
+                    task.cancel()
+        self.finished = self.finished and not any(worker.cut_off for worker in self._workers)
+
+    async def _ended(self, seconds: float) -> bool:
+        try:
+            async with self._clock.timeout(seconds):
+                if self._running:
+                    await asyncio.wait(self._running)
+        except TimeoutError:
+            return False
+        return True
+
+
+@asynccontextmanager
+async def working(
+    groups: Iterable[Group],
+    listeners: Iterable[Subscriber],
+    specs: dict[str, StreamSpec],
+    *,
+    owner: str,
+    broker: Broker,
+    stage: Stage,
+    replace: Replacements,
+    settings: Settings,
+    clock: Clock,
+    telemetry: Telemetry,
+) -> AsyncIterator[Process]:
+    """Handle events inside the block; leaving it drains. A worker that cannot go on ends the block with its error."""
+    gate = Gate()
+    scope = ProcessScope()
+    with _threads() as threads:
+        shop = Shop(clock, telemetry, stage, scope, replace, threads)
+        tables = [(group, routes(group, shop)) for group in groups]
+        ears = [(subscriber, Route(subscriber, shop)) for subscriber in listeners]
+        plans = [route.plan for _, table in tables for route in table.values()] + [route.plan for _, route in ears]
+        workers = [
+            Worker(
+                group,
+                table,
+                Subscription(
+                    specs[group.stream.name],
+                    group.name,
+                    owner,
+                    _start(group.start, clock),
+                    settings.lease_s,
+                ),
+                broker=broker,
+                gate=gate,
+                settings=settings,
+                clock=clock,
+                telemetry=telemetry,
+            )
+            for group, table in tables
+        ]
+        process = Process(workers, gate, settings, clock)
+        async with scope.entered(plans), asyncio.TaskGroup() as tasks:
+            process.start(tasks)
+            listening = [
+                tasks.create_task(Listener(subscriber, route, broker, gate, clock, telemetry).run())
+                for subscriber, route in ears
+            ]
+            try:
+                yield process
+            finally:
+                for task in listening:
+                    task.cancel()
+                await process.drain()
+
+
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """Threads for plain functions: the lanes bound how many, and each is made only when it is needed."""
+    threads = ThreadPoolExecutor(MAX_CONCURRENCY, thread_name_prefix="millstream")
+    try:
+        yield threads
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)  # a handler that hangs must not hold up the end of all others
+
+
+def _start(start: StartAt, clock: Clock) -> Start:
+    if isinstance(start, datetime):
+        return int(start.timestamp() * 1000)
+    if isinstance(start, timedelta):
+        return clock.now_ms() - int(seconds(start) * 1000)
+    return start

@@ -1,0 +1,150 @@
+"""The worker: one group's events, fetched, handled, settled. This is the loop; all else here serves it.
+
+                  fetch                  a lane takes it            the handler ends
+    broker ───────────────► queued ───────────────────► running ───────────────────► settling ───► done, due again, dead
+                              │                            │                             │
+                              │ stop, lost                 │ lost, cut                   │ refused: somebody else has it
+                              ▼                            ▼                             ▼
+                          handed back               dropped, handed back              forgotten
+
+What is queued, running or settling is *in flight*: fetched and not settled, at most `max_in_flight`. A crash repeats at most
+that much. The next fetch is made when half of that room is free, so that reading is done in large pieces while lanes work.
+
+Leaving goes from the front to the back, each stage only after the one before has ended: stop fetching, let running handlers
+end, settle their outcomes, stop the heartbeat, hand back the rest. So nothing that was finished is ever done again, and our
+events stay ours until the last one is settled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from millstream.brokers.base import Broker, Consumer, Kept, Subscription
+from millstream.clock import Clock
+from millstream.errors import BrokerError
+from millstream.handlers.subscriber import Group
+from millstream.settings import Settings
+from millstream.telemetry import LOST, Telemetry
+from millstream.worker.backoff import Backoff
+from millstream.worker.call import Route
+from millstream.worker.keeper import Keeper
+from millstream.worker.lanes import Gate, Lanes
+from millstream.worker.settler import Settler
+
+_WAIT_S = 1.0  # how long one fetch waits for the first event
+
+
+class Worker:
+    """Consumes for one group in this process."""
+
+    def __init__(
+        self,
+        group: Group,
+        routes: dict[str, Route],
+        subscription: Subscription,
+        *,
+        broker: Broker,
+        gate: Gate,
+        settings: Settings,
+        clock: Clock,
+        telemetry: Telemetry,
+    ) -> None:
+        self.group = group
+        self._routes = routes
+        self._subscription = subscription
+        self._broker = broker
+        self._gate = gate
+        self._clock = clock
+        self._telemetry = telemetry
+        self._concurrency = _concurrency(group, settings)
+        batch_size = group.batch.size if group.batch is not None else 1
+        self._max_in_flight = max(settings.max_in_flight or 2 * self._concurrency * batch_size, batch_size)
+        self._lanes: Lanes | None = None
+        self._room = asyncio.Event()
+        self._stopping = asyncio.Event()
+        self.in_flight = 0
+        """Events fetched and not settled."""
+        self.cut_off = False
+        """True after `cut` had to cancel a running handler."""
+
+    async def run(self) -> None:
+        """Consume until `stop`. Raises what cannot be mended by trying again."""
+        consumer = await self._broker.subscribe(self._subscription)
+        common = self._clock, self._telemetry
+        try:
+            keeper = Keeper(consumer, self.group.name, self._subscription.lease_s, *common, self._kept)
+            settler = Settler(consumer, self.group.name, *common, self._left)
+            self._lanes = Lanes(
+                self.group,
+                self._routes,
+                consumer,
+                keeper,
+                self._gate,
+                self._clock,
+                self._telemetry,
+                settle=settler.add,
+                dropped=self._left,
+                concurrency=self._concurrency,
+            )
+            async with asyncio.TaskGroup() as keeping:
+                beating = keeping.create_task(keeper.run())
+                async with asyncio.TaskGroup() as settling:
+                    settling.create_task(settler.run())
+                    async with asyncio.TaskGroup() as working:
+                        working.create_task(self._lanes.run())
+                        fetching = working.create_task(self._fetch(consumer, self._lanes))
+                        await self._stopping.wait()
+                        fetching.cancel()
+                        self._lanes.stop()
+                    settler.stop()
+                beating.cancel()
+        finally:
+            await consumer.close()
+
+    def stop(self) -> None:
+        """Fetch nothing more; `run` ends when the running handlers have ended and all is settled."""
+        self._stopping.set()
+
+    def cut(self) -> None:
+        """Do not wait for the running handlers any longer: cancel them, hand their events back."""
+        self.stop()
+        if self._lanes is not None and self._lanes.cut():
+            self.cut_off = True
+
+    async def _fetch(self, consumer: Consumer, lanes: Lanes) -> None:
+        """Keep the queue filled. Ends by cancellation, which `fetch` survives: nothing that it claimed is lost."""
+        backoff = Backoff("fetch", self.group.name, self._clock, self._telemetry)
+        enough = max(1, self._max_in_flight // 2)
+        while True:
+            while (room := self._max_in_flight - self.in_flight) < enough:
+                self._room.clear()
+                await self._room.wait()
+            try:
+                claims = await consumer.fetch(room, _WAIT_S)
+            except BrokerError as error:
+                await backoff.pause(error)
+                continue
+            backoff.reset()
+            if claims:
+                self.in_flight += len(claims)
+                lanes.put(claims)
+
+    def _left(self, events: int) -> None:
+        """Events have left our hands: settled, or lost."""
+        self.in_flight -= events
+        self._room.set()
+
+    def _kept(self, kept: Kept) -> None:
+        if kept.lost and self._lanes is not None:
+            self._telemetry.emit(LOST, group=self.group.name, positions=kept.lost)
+            self._lanes.discard(kept.lost)
+
+
+def _concurrency(group: Group, settings: Settings) -> int:
+    if group.concurrency is not None:
+        return group.concurrency
+    if group.batch is not None:
+        return 1  # batches in a row; a second one at a time is for whoever says so
+    if all(subscriber.signature.sync for subscriber in group.subscribers):
+        return settings.threads
+    return settings.concurrency

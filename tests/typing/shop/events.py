@@ -1,0 +1,22 @@
+"""The contract: a module that several services import."""
+
+from millstream import Event, Stream
+
+
+class OrderPlaced(Event, type="order.placed"):
+    order_id: str
+    customer: str
+    total: int  # cents
+
+
+class OrderCancelled(Event, type="order.cancelled"):
+    order_id: str
+    reason: str = ""
+
+
+class Charged(Event, type="payment.charged"):
+    order_id: str
+
+
+orders = Stream("orders", OrderPlaced | OrderCancelled, key="order_id", partitions=8)
+payments = Stream("payments", Charged, key=lambda event: event.order_id)
