@@ -11,9 +11,8 @@ main() {
     if ! is_recent "$python"; then
         echo "making $venv"
         rm -rf "$venv"
-        if command -v uv >/dev/null; then
-            uv venv --quiet --python '>=3.11,<3.14' "$venv"
-        else
+        # Where uv is there and fails (another index, no network for its own Python), pip has its turn.
+        if ! has_uv || ! uv venv --quiet --python '>=3.11,<3.14' "$venv"; then
             base=$(find_python)
             make_venv "$base"
         fi
@@ -26,6 +25,10 @@ main() {
 
 is_recent() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+}
+
+has_uv() {
+    command -v uv >/dev/null
 }
 
 find_python() {
@@ -63,9 +66,10 @@ install_venv() {
 
 install() {
     local base
-    if command -v uv >/dev/null; then
-        uv pip install --quiet --python "$python" "$@"
-    elif "$python" -m pip --version >/dev/null 2>&1; then
+    if has_uv && uv pip install --quiet --python "$python" "$@"; then
+        return
+    fi
+    if "$python" -m pip --version >/dev/null 2>&1; then
         "$python" -m pip install --quiet --disable-pip-version-check "$@"
     else
         base=$(find_python)

@@ -28,6 +28,7 @@ FLOORS = {
     **dict.fromkeys(("app", "blocking"), 7),
     **dict.fromkeys(("demo", "bench", "testing"), 8),
     "cli": 9,
+    "__main__": 10,  # python -m millstream
 }
 LATE = {"__init__.py", "brokers/urls.py", "cli/main.py"}
 ONLY_IN = {"click": "cli", "rich": "cli", "pytest": "testing"}

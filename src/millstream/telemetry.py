@@ -13,15 +13,15 @@ logger = logging.getLogger("millstream")
 
 Listener: TypeAlias = Callable[[str, Mapping[str, Any]], None]
 
-RETRIED = "event.retried"  # group, position, attempt, delay_s, error
-POSTPONED = "event.postponed"  # group, position, delay_s
-DEAD = "event.dead"  # group, position, attempt, reason, error
-SKIPPED = "event.skipped"  # group, position, reason
+RETRIED = "event.retried"  # group, position, attempt, delay_s, exception
+POSTPONED = "event.postponed"  # group, position, attempt, delay_s
+DEAD = "event.dead"  # group, position, attempt, reason, error (text), exception (None where no handler raised)
+SKIPPED = "event.skipped"  # group, position, attempt, reason
 TIMED_OUT = "handler.timed_out"  # group, position, timeout_s
 LOST = "consumer.lost"  # group, positions: taken over by somebody else
 STALE = "settle.refused"  # group, positions: settled too late, somebody else has them
-BROKER_ERROR = "broker.error"  # group, error: retried with back-off
-LISTENER_FAILED = "listener.failed"  # stream, position, error
+BROKER_ERROR = "broker.error"  # group, doing, error: retried with back-off
+LISTENER_FAILED = "listener.failed"  # stream, position, exception
 
 
 class Telemetry:

@@ -104,7 +104,7 @@ class Progress:
     """To be published in all."""
     published: int
     rate: float
-    """Published a second, on average so far."""
+    """Published a second, on average."""
     elapsed_s: float
     airports: list[AirportRow]
     carriers: list[CarrierRow]
@@ -193,12 +193,13 @@ class _Run:
         self._shown = 0.0
         self._phase = "publishing"
         self._time: datetime | None = None
+        self._published_s = 0.0
 
     async def play(self) -> None:
         """Publish everything, wait for the groups, repair the cause of the dead letter, replay it, wait again."""
         async for chunk in self._paced():
             self._witness.confirmed.update(await self._app.publish_many(chunk, to=flights))
-            self._time = chunk[-1].time
+            self._time, self._published_s = chunk[-1].time, self._elapsed_s()
             await self._picture()
         await self._idle("finishing")
         self._desk.faulty = ""
@@ -214,7 +215,7 @@ class _Run:
             first = first or event.time
             while self._options.speed is not None:
                 due_s = (event.time - first).total_seconds() / self._options.speed
-                left_s = due_s - (self._clock.monotonic() - self._started)
+                left_s = due_s - self._elapsed_s()
                 if left_s <= 0:
                     break
                 if chunk:
@@ -249,7 +250,7 @@ class _Run:
 
     async def _picture(self, groups: list[GroupRow] | None = None, *, now: bool = False) -> None:
         """Show how far it is, when the last picture is old enough."""
-        elapsed_s = self._clock.monotonic() - self._started
+        elapsed_s = self._elapsed_s()
         if not now and elapsed_s - self._shown < PICTURE_S:
             return
         self._shown = elapsed_s
@@ -260,7 +261,7 @@ class _Run:
                 self._time,
                 self._options.events,
                 published,
-                published / elapsed_s if elapsed_s else 0.0,
+                published / self._published_s if published else 0.0,
                 elapsed_s,
                 [AirportRow(name, **vars(airport)) for name, airport in self._desk.airports.items()],
                 self._carriers(),
@@ -277,7 +278,11 @@ class _Run:
         return sorted(rows, key=lambda row: -row.departures)
 
     async def _groups(self) -> list[GroupRow]:
-        return [_row(info) for info in await self._app.broker.admin.groups(flights.name)]
+        found = {info.group: info for info in await self._app.broker.admin.groups(flights.name)}
+        return [_row(found[group.name]) for group in self._app.groups() if group.name in found]
+
+    def _elapsed_s(self) -> float:
+        return self._clock.monotonic() - self._started
 
 
 def _row(info: GroupInfo) -> GroupRow:

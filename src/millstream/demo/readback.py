@@ -49,6 +49,8 @@ class Witness:
     finished: dict[str, set[Position]] = field(default_factory=lambda: defaultdict(set))
 
     def __call__(self, handle: Handle) -> Handle:
+        """Note what `handle` has brought to its end; what it raises travels on."""
+
         async def noted(call: Call) -> None:
             await handle(call)
             self.finished[call.subscriber.group].update(delivery.position for delivery in call.deliveries)

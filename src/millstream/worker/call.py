@@ -129,11 +129,11 @@ class Route:
             case RetryLater():
                 return self._dead(claim, "failed", f"put off {MAX_POSTPONED:,} times by RetryLater")
             case _ if isinstance(error, self._never):
-                return self._dead(claim, "never", _text(error))
+                return self._dead(claim, "never", _text(error), error)
             case _ if claim.attempt >= self._retry.attempts:
-                return self._dead(claim, "failed", _text(error))
+                return self._dead(claim, "failed", _text(error), error)
         delay_s = self._retry.delay_s(claim.attempt, self._clock.chance())
-        self._tell(RETRIED, claim, delay_s=delay_s, error=error)
+        self._tell(RETRIED, claim, delay_s=delay_s, exception=error)
         return Later(self._clock.now_ms() + int(delay_s * 1000), f"{type(error).__name__}: {error}"[:MAX_ERROR_CHARS])
 
     def killed(self, claim: Claim) -> Outcome | None:
@@ -176,8 +176,8 @@ class Route:
             self._shop.stage,
         )
 
-    def _dead(self, claim: Claim, reason: str, error: str) -> Dead:
-        self._tell(DEAD, claim, reason=reason, error=error)
+    def _dead(self, claim: Claim, reason: str, error: str, exception: BaseException | None = None) -> Dead:
+        self._tell(DEAD, claim, reason=reason, error=error, exception=exception)
         return Dead(reason, error)
 
     def _tell(self, name: str, claim: Claim, **measurements: Any) -> None:

@@ -32,7 +32,7 @@ from millstream.worker.keeper import Keeper
 
 _FOREVER = float("inf")
 _TURN_S = 0.005  # a lane that never suspends lets the heartbeat, the settler and the reader run this often
-_SWEEP_S = 0.5  # a timeout is noticed within this time, or a tenth of it
+_SWEEP_S = 5.0  # a timeout is noticed within a tenth of it, and within this time
 
 
 class Cause(Enum):
@@ -48,6 +48,8 @@ class Gate:
 
     def __init__(self) -> None:
         self.running = 0
+        self.passed = 0
+        """Handlers that have ended."""
         self.closed = False
         self._changed = asyncio.Event()
         self._alone = asyncio.Lock()
@@ -55,6 +57,7 @@ class Gate:
     def leave(self) -> None:
         """A handler has ended."""
         self.running -= 1
+        self.passed += 1
         if self.closed:
             self._changed.set()
 

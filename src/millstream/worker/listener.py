@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from math import isinf
+
 from millstream.brokers.base import Broker, Claim, Position, Stored
 from millstream.clock import Clock
 from millstream.errors import BrokerError, Skip
@@ -55,13 +58,14 @@ class Listener:
             await self._gate.opened()
         self._gate.running += 1
         try:
-            async with self._clock.timeout(self._route.timeout_s):
+            limit = nullcontext() if isinf(self._route.timeout_s) else self._clock.timeout(self._route.timeout_s)
+            async with limit:
                 await self._route.call(Claim(stored, 1))
         except Skip:
             pass
         except Exception as error:
             position = stored.position
-            self._telemetry.emit(LISTENER_FAILED, stream=self._stream, position=position, error=error)
+            self._telemetry.emit(LISTENER_FAILED, stream=self._stream, position=position, exception=error)
             logger.exception("listener %s failed on %s at %s", self._subscriber.signature.name, self._stream, position)
         finally:
             self._gate.leave()

@@ -45,6 +45,15 @@ class Process:
         for worker in self._workers:
             worker.cut()
 
+    @property
+    def running(self) -> int:
+        """Handlers that run now."""
+        return self._gate.running
+
+    def progress(self) -> tuple[int, ...]:
+        """Changes whenever something happens: a handler starts or ends, an event is fetched or settled."""
+        return (self._gate.passed, self._gate.running, *(worker.in_flight for worker in self._workers))
+
     def start(self, tasks: asyncio.TaskGroup) -> None:
         """Run the workers in a group of tasks."""
         self._running = {tasks.create_task(worker.run(), name=f"group {worker.group.name}") for worker in self._workers}

@@ -31,7 +31,7 @@ from millstream.worker.keeper import Keeper
 from millstream.worker.lanes import Gate, Lanes
 from millstream.worker.settler import Settler
 
-_WAIT_S = 1.0  # how long one fetch waits for the first event
+_WAIT_S = 5.0  # how long one fetch waits for the first event
 
 
 class Worker:

@@ -306,25 +306,24 @@ class _SharedLink:
         self._name = f"millstream-{name}"
         self._link: Link | None = None
         self._turn = asyncio.Lock()
-        self._attempts = 0
+        self._failures = 0
         self._error: BrokerError | None = None
 
     async def get(self) -> Link:
         if self._link is not None and not self._link.closed:
             return self._link
-        attempts = self._attempts
+        failures = self._failures
         async with self._turn:
             if self._link is not None and not self._link.closed:
                 return self._link
-            if self._error is not None and self._attempts > attempts:  # tried while we waited: a thousand callers
-                raise type(self._error)(str(self._error)) from self._error  # must not each wait for a dead server
-            self._attempts += 1
+            if self._error is not None and self._failures > failures:  # an attempt failed while we waited: a thousand
+                raise type(self._error)(str(self._error)) from self._error  # callers must not each wait for their own
             try:
                 self._link = await self._broker.connect(self._name)
             except BrokerError as error:
+                self._failures += 1
                 self._error = error
                 raise
-            self._error = None
             return self._link
 
 
@@ -385,14 +384,12 @@ def _bulk(word: bytes) -> bytes:
     return (b"$%d\r\n%b\r\n" % (len(word), word)).replace(b"%", b"%%")
 
 
-def _check_records(spec: StreamSpec, records: Sequence[Record]) -> None:
-    for record in records:
-        if record.due_ms is not None:
-            raise NotSupported(f"stream {spec.name!r}: events cannot be published for later on Redis yet")
-        if not 0 <= record.partition < spec.partitions:
-            raise BadStream(
-                f"stream {spec.name!r} has {spec.partitions} partitions, none with number {record.partition}"
-            )
+def _check_records(known: _Known, records: Sequence[Record]) -> None:
+    # Before anything is sent, so that nothing of the call is stored.
+    for partition in {record.partition for record in records}:
+        known.log(partition)
+    if any(record.due_ms is not None for record in records):
+        raise NotSupported(f"stream {known.spec.name!r}: events cannot be published for later on Redis yet")
 
 
 async def _store(

@@ -77,17 +77,14 @@ class Members:
         """Look who has been silent for a lease, and take over what they hold."""
         now = self._clock.monotonic()
         silent_since = self._silent_since(now)
-        commands = [("GET", self._place.tick)]
-        if silent_since is not None:
-            dead = ("ZRANGEBYSCORE", self._place.live, "-inf", silent_since, "WITHSCORES", "LIMIT", 0, MAX_DEAD_AT_ONCE)
-            commands.append(dead)  # type: ignore[arg-type]  # commands of different lengths
-        replies = await link.calls(commands)
+        members = ("ZRANGEBYSCORE", self._place.live, "-inf", silent_since)
+        replies = await link.calls([("GET", self._place.tick), (*members, "WITHSCORES", "LIMIT", 0, MAX_DEAD_AT_ONCE)])
         for reply in replies:
             if isinstance(reply, ReplyError):
                 raise link.failure(reply, "watch")
-        self._remember(int(replies[0] or 0))
+        tick, found = replies
+        self._remember(int(tick or 0))
         free: set[int] = set()
-        found = replies[1] if silent_since is not None else []
         for name, score in zip(found[::2], found[1::2], strict=True):
             if name.decode() != self._name:
                 free |= await self.evict(link, name.decode(), score, crashed=True)
@@ -142,15 +139,15 @@ class Members:
                 free |= await self._adopt(link, name_, partitions)
         return free
 
-    def _silent_since(self, now: float) -> int | None:
-        """The newest tick that was seen at least a lease ago."""
+    def _silent_since(self, now: float) -> int:
+        # The newest tick that was seen at least a lease ago; -1, before all, while there is none.
         seen, found = self._seen, None
-        if seen and now - seen[-1][0] > max(self._lease_s / 2, 2 * self.watch_s):
+        if seen and now - seen[-1][0] > self._lease_s / 2:
             seen.clear()
         while seen and seen[0][0] <= now - self._lease_s:
             found = seen.popleft()
         if found is None:
-            return None
+            return -1
         seen.appendleft(found)  # it stays the newest that is old enough, until another one is
         return found[1]
 

@@ -163,7 +163,9 @@ def _parse(url: str) -> tuple[str, Synchronous]:
     host, slash, path = rest.partition("/")
     path = unquote(path)
     if host or not slash or not path or path.startswith(":"):
-        raise BadSetting(f"{url!r}: write sqlite:///shop.db for a file here, or sqlite:////data/shop.db for a full path")
+        raise BadSetting(
+            f"{url!r}: write sqlite:///shop.db for a file here, or sqlite:////data/shop.db for a full path"
+        )
     options: dict[str, str] = {"synchronous": "full"}
     with suppress(ValueError):
         given = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=True)) if query else {}

@@ -28,7 +28,7 @@ import socket
 from collections import deque
 from collections.abc import Sequence
 from sqlite3 import Connection
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from millstream.brokers.base import Claim, Kept, Position, Settlement, Subscription
 from millstream.brokers.sqlite import group
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 MAX_CLAIMS = 1_000  # in one transaction
 WATCH_S = 0.5  # how often somebody is looked for who fell silent, at least
 PAUSE_S = 0.01  # after others were faster
+LEAST_PAUSE_S = 0.001  # due times are whole milliseconds
 
 
 class Watch:
@@ -71,15 +72,6 @@ class Watch:
         return self._seen[0][1] if self._seen and self._seen[0][0] <= now_s - self._lease_s else -1
 
 
-class _Look(NamedTuple):
-    """What a reader saw of a group."""
-
-    ready: bool
-    due_ms: int | None
-    tick: int
-    silent: bool
-
-
 class SQLiteConsumer:
     """One running member of a group."""
 
@@ -89,48 +81,36 @@ class SQLiteConsumer:
         self._subscription = subscription
         self._name = f"ms.{socket.gethostname()}.{os.getpid()}.{self._clock.nonce()}"
         self._lives = 0
-        self._me: Member | None = None
-        self._held: dict[Position, int] = {}
-        """Attempt by position; until its settlement is answered."""
-        self._unseen: list[Claim] = []
-        """Claimed by a fetch that was cancelled: for the next one."""
-        self._unsure = False
-        """A fetch may have claimed what we do not know of."""
+        self._me: Member | None = None  # None: fenced, or closed
+        self._closed = False
+        self._entering = asyncio.Lock()
+        self._held: dict[Position, int] = {}  # attempt by position, until its settlement is answered
+        self._unseen: list[Claim] = []  # claimed for a fetch that was cancelled: for the next one
+        self._unsure = False  # a fetch failed, and may have claimed what we do not know of
         self._watch = Watch(subscription.lease_s)
         self._turn = 0
-        self._entering = asyncio.Lock()
 
     async def enter(self) -> None:
         """Begin a life under a new name; makes stream and group where they are missing."""
         self._lives += 1
-        name, nonce = f"{self._name}.{self._lives}", self._clock.nonce()
+        name, nonce, beat_s = f"{self._name}.{self._lives}", self._clock.nonce(), self._clock.monotonic()
         subscription, inside = self._subscription, self._broker.inside(self._subscription.stream.name)
-        beat_s = self._clock.monotonic()
-
-        def leave(member: Member) -> None:  # the answer came too late for whoever asked
-            self._me, self._unsure = member, True
-
         self._me = await self._broker.writer.ask(
-            lambda db: group.enter(db, inside, subscription, name, nonce, beat_s), durable=True, rings=True, late=leave
+            lambda db: group.enter(db, inside, subscription, group.Life(name, nonce, beat_s)), durable=True, rings=True
         )
-        self._unsure = False
         self._watch.forget()
 
     async def fetch(self, limit: int, wait_s: float) -> list[Claim]:
         """Claim up to `limit` events; waits up to `wait_s` for the first one."""
         until_s = self._clock.monotonic() + wait_s
         claims = await self._take(limit)
-        while not claims and (left_s := until_s - self._clock.monotonic()) > 0:
+        while not claims and not self._closed and (left_s := until_s - self._clock.monotonic()) > 0:
             bell = self._broker.writer.bell
-            look = await self._look()
-            if look is not None and look.silent:
-                await self._evict()
-            if look is not None and look.ready:
+            ready, pause_s = await self._look()
+            if ready:
                 claims = await self._take(limit)
-                if not claims:  # others were faster, or we may not claim now
-                    await self._broker.writer.listen(bell, min(left_s, PAUSE_S))
-            else:
-                await self._broker.writer.listen(bell, min(left_s, self._next_look_s(look)))
+            if not claims:
+                await self._broker.writer.listen(bell, min(left_s, pause_s))
         return claims
 
     async def begin(self, positions: Sequence[Position]) -> None:
@@ -140,40 +120,42 @@ class SQLiteConsumer:
             raise LeaseLost(f"group {self._subscription.group!r}: somebody else has taken over what we held")
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[bool]:
-        """Store outcomes with their outputs, all in one transaction. Raising means that none is stored, or in doubt."""
+        """Store outcomes with their outputs, all in one transaction: when it raises, none is stored, or it is in doubt."""
         me = self._me
-        attempts = [self._held.get(settlement.position, 0) for settlement in settlements]
-        if me is None or not any(attempts):
-            return [False] * len(settlements)
-        items = [group.Item(settlement, attempt) for settlement, attempt in zip(settlements, attempts, strict=True)]
+        items = [(settlement, self._held.get(settlement.position, 0)) for settlement in settlements]
+        if me is None or not any(attempt for _, attempt in items):
+            return [False] * len(items)
         now_ms, inside = self._clock.now_ms(), self._broker.inside
-        rings = any(item.rings for item in items)
         results = await self._broker.writer.ask(
-            lambda db: group.settle(db, me, items, inside, now_ms), durable=True, rings=rings
+            lambda db: group.settle(db, me, items, inside, now_ms),
+            durable=True,
+            rings=any(group.wakes(settlement) for settlement in settlements),
         )
-        if self._me is me:
-            for item, attempt in zip(items, attempts, strict=True):
-                if self._held.get(item.settlement.position) == attempt:
-                    del self._held[item.settlement.position]
-        return results
+        if results is None:
+            self._lose(me)
+        for settlement, attempt in items:
+            if self._held.get(settlement.position) == attempt:
+                del self._held[settlement.position]
+        return [False] * len(items) if results is None else results
 
     async def keep(self) -> Kept:
-        """Heartbeat; looks for silent members too. After an eviction it enters anew and tells what was lost."""
-        sent_s = self._clock.monotonic()
-        me, tick = self._me, None
-        try:
-            if me is not None:
-                tick = await self._broker.writer.ask(lambda db: group.beat(db, me, sent_s))
-        except BaseException:
-            self._watch.forget()
-            raise
-        if tick is None:
-            return Kept(await self._come_back(me))
+        """Heartbeat; evicts who fell silent. Once evicted itself, enters anew and tells what was lost."""
+        me, sent_s, beat = self._me, self._clock.monotonic(), None
+        if me is not None:
+            try:
+                beat = await self._broker.writer.ask(lambda db: group.beat(db, me, sent_s))
+            except BaseException:
+                self._watch.forget()
+                raise
+        if me is None or beat is None:
+            self._lose(me)
+            return Kept(await self._come_back())
         now_s = self._clock.monotonic()
         if now_s - sent_s > self._subscription.lease_s / 4:
-            self._watch.forget()  # the others may have waited like us, and not beaten since
-        self._watch.saw(now_s, tick)
-        await self._evict()
+            self._watch.forget()  # the others may have waited as long as we did, and not beaten since
+        self._watch.saw(now_s, beat.tick)
+        if beat.oldest <= self._watch.silent_at(now_s):
+            await self._evict(me)
         return Kept()
 
     async def release(self, partitions: frozenset[int]) -> None:
@@ -182,12 +164,13 @@ class SQLiteConsumer:
         if me is None:
             return
         await self._broker.writer.ask(lambda db: group.hand_back(db, me, partitions), durable=True, rings=True)
-        self._held = {position: attempt for position, attempt in self._held.items() if position.partition not in partitions}
+        for position in [position for position in self._held if position.partition in partitions]:
+            del self._held[position]
         self._unseen = [claim for claim in self._unseen if claim.stored.position.partition not in partitions]
 
     async def close(self) -> None:
-        """Hand back all that is held, and leave the group."""
-        me, self._me = self._me, None
+        """Hand back all that is held, and leave the group. Others take over in a while when the file cannot be written."""
+        me, self._me, self._closed = self._me, None, True
         self._held.clear()
         self._unseen.clear()
         if me is None:
@@ -195,37 +178,84 @@ class SQLiteConsumer:
         try:
             await self._broker.writer.ask(lambda db: group.leave(db, me), durable=True, rings=True)
         except BrokerError as error:
-            logger.warning("group %s: could not leave, others take over in a while: %s", me.name, error)
+            logger.warning("group %s could not be left: %s", self._subscription.group, error)
 
     async def _take(self, limit: int) -> list[Claim]:
-        if self._unseen:
-            seen, self._unseen = self._unseen[:limit], self._unseen[limit:]
-            return seen
+        if (
+            self._me is None and not self._held and not self._closed
+        ):  # nothing lost that `keep` would have to tell first
+            await self._come_back()
         me = self._me
         if me is None:
-            if not self._held:  # nothing that would have to be told first
-                await self._come_back(None)
             return []
+        if self._unseen:
+            unseen, self._unseen = self._unseen[:limit], self._unseen[limit:]
+            return unseen
         self._turn += 1
-        limit, now_ms, turn, unsure = min(limit, MAX_CLAIMS), self._clock.now_ms(), self._turn, self._unsure
-        self._unsure = True  # until the answer is here
-        claims = await self._broker.writer.ask(
-            lambda db: group.take(db, me, group.Wish(limit, now_ms, turn, unsure), self._held),
-            late=lambda claims: self._stow(me, claims),
-        )
+        wish = group.Wish(min(limit, MAX_CLAIMS), self._clock.now_ms(), self._turn, self._unsure)
+        try:
+            claims = await self._broker.writer.ask(
+                lambda db: group.take(db, me, wish, self._held),
+                late=lambda claims: self._unseen.extend(self._accept(me, claims)),
+            )
+        except BaseException:
+            self._unsure = True
+            raise
+        self._unsure = False
         return self._accept(me, claims)
 
     def _accept(self, me: Member, claims: list[Claim] | None) -> list[Claim]:
-        if self._me is not me:  # closed or evicted meanwhile: these claims went with that life
-            return []
-        self._unsure = False
         if claims is None:
-            self._me = None
+            self._lose(me)
+        if claims is None or self._me is not me:  # what was claimed went with that life
             return []
-        for claim in claims:
+        # What recovering finds may have been accepted while it looked.
+        news = [claim for claim in claims if claim.stored.position not in self._held]
+        for claim in news:
             self._held[claim.stored.position] = claim.attempt
-        return claims
+        return news
 
-    def _stow(self, me: Member, claims: list[Claim] | None) -> None:
-        self._unseen += self._accept(me, claims)
-        # TODO
+    async def _look(self) -> tuple[bool, float]:
+        """Whether claiming is worth while, and how long to wait otherwise. One indexed read wakes nobody else."""
+        me, watch_s = self._me, min(WATCH_S, self._subscription.lease_s / 4)
+        if me is None:
+            return not self._held, watch_s
+        now_ms, tick = self._clock.now_ms(), self._watch.silent_at(self._clock.monotonic())
+        look = await self._broker.reader.ask(lambda db: group.look(db, me, now_ms))
+        self._watch.saw(self._clock.monotonic(), look.tick)
+        if look.oldest <= tick:
+            await self._evict(me)
+        if look.ready:
+            return True, PAUSE_S
+        due_s = watch_s if look.due_ms is None else (look.due_ms - now_ms) / 1000
+        return False, min(max(due_s, LEAST_PAUSE_S), watch_s)
+
+    async def _evict(self, me: Member) -> None:
+        asked_s, patience_s = self._clock.monotonic(), self._subscription.lease_s / 4
+        tick = self._watch.silent_at(asked_s)
+
+        def job(db: Connection) -> list[tuple[str, int]]:
+            # Everybody waited while this was waiting: nobody could beat, so nobody is to blame.
+            late = self._clock.monotonic() - asked_s > patience_s
+            return [] if late else group.evict(db, me, tick)
+
+        for name, events in await self._broker.writer.ask(job, durable=True, rings=True):
+            logger.warning(
+                "group %s of %s: %s fell silent, its %d events go to others",
+                *(self._subscription.group, self._subscription.stream.name, name, events),
+            )
+
+    def _lose(self, me: Member | None) -> None:
+        if self._me is me:
+            self._me = None
+            self._unseen.clear()
+
+    async def _come_back(self) -> frozenset[Position]:
+        """Enter anew after an eviction, unless somebody else did meanwhile; what was held then is lost."""
+        async with self._entering:
+            if self._me is not None or self._closed:
+                return frozenset()
+            await self.enter()
+            lost = frozenset(self._held)
+            self._held.clear()
+            return lost

@@ -105,9 +105,7 @@ class File:
 
     def connect(self, *, reader: bool = False) -> sqlite3.Connection:
         """A connection in autocommit mode, for this thread. Raises `sqlite3.Error`."""
-        connection = sqlite3.connect(
-            f"{Path(self.path).as_uri()}?mode=rw", uri=True, isolation_level=None
-        )
+        connection = sqlite3.connect(f"{Path(self.path).as_uri()}?mode=rw", uri=True, isolation_level=None)
         try:
             connection.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
             (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
@@ -152,7 +150,9 @@ class File:
         if code in (_READONLY, _PERM, _CANTOPEN):
             return BrokerRefused(f"{self.path} cannot be opened for writing ({error}): check path and permissions")
         if code in (_CORRUPT, _NOTADB):
-            return BrokerRefused(f"{self.path} is no intact SQLite database ({error}): name another path, or restore it")
+            return BrokerRefused(
+                f"{self.path} is no intact SQLite database ({error}): name another path, or restore it"
+            )
         return BrokerRefused(f"{self.path}: {error}")
 
     def _is_new(self) -> bool:
@@ -168,7 +168,12 @@ class File:
 
     def _create(self) -> None:
         draft = f"{self.path}-new"
-        for rest in ("", "-journal", "-wal", "-shm"):  # of a process that was killed here; inside the turnstile we are alone
+        for rest in (
+            "",
+            "-journal",
+            "-wal",
+            "-shm",
+        ):  # of a process that was killed here; inside the turnstile we are alone
             Path(draft + rest).unlink(missing_ok=True)
         with closing(sqlite3.connect(draft, isolation_level=None)) as connection:
             connection.executescript((files(__package__) / "schema.sql").read_text("utf-8"))

@@ -94,7 +94,7 @@ def store(db: sqlite3.Connection, name: str, records: Sequence[Record], now_ms: 
             end = ends[partition] = _end(db, stream.log(partition), now_ms)
         end.last += 1
         end.bytes += len(record.data) + len(record.headers)
-        row = (stream.id * MAX_PARTITIONS + partition << SEQ_BITS) | end.last
+        row = first_row(stream.id, partition) | end.last
         time_ms = record.time_ms or None
         rows.append(
             (row, record.id, record.type, record.source, end.last_ms, time_ms, record.key, record.headers, record.data)
@@ -150,9 +150,14 @@ def position_of(row: int) -> Position:
     return Position((row >> SEQ_BITS) % MAX_PARTITIONS, str(row & MAX_SEQ))
 
 
+def first_row(stream: int, partition: int) -> int:
+    """Where a partition begins in the file; the next one's is where it ends."""
+    return stream * MAX_PARTITIONS + partition << SEQ_BITS
+
+
 def row_of(stream: int, position: Position) -> int:
     """The place of a position in the file."""
-    return (stream * MAX_PARTITIONS + position.partition << SEQ_BITS) | int(position.offset)
+    return first_row(stream, position.partition) | int(position.offset)
 
 
 def seq_of(position: Position | None) -> int:

@@ -106,7 +106,7 @@ class Reader:
             async with self._clock.timeout(ANSWER_WITHIN_S):
                 result: T = await request.answer
         except TimeoutError:
-            return self._overdue(request)
+            result = self._overdue(request)
         except asyncio.CancelledError:
             self._withdraw(request)
             # Cancelled in the very turn in which the answer came: then the answer itself is not cancelled.

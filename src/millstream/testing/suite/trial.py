@@ -12,8 +12,23 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from millstream.brokers.base import Broker, Claim, Consumer, Done, GroupInfo, Outcome, Output, Position, Record
-from millstream.brokers.base import Settlement, Start, Stored, StreamSpec, Subscription, Traits
+from millstream.brokers.base import (
+    Broker,
+    Claim,
+    Consumer,
+    Done,
+    GroupInfo,
+    Outcome,
+    Output,
+    Position,
+    Record,
+    Settlement,
+    Start,
+    Stored,
+    StreamSpec,
+    Subscription,
+    Traits,
+)
 from millstream.brokers.urls import Factory, broker_for
 from millstream.clock import Clock
 from millstream.settings import Settings
@@ -28,6 +43,8 @@ PARTED = StreamSpec("parted", partitions=3, key="order_id")
 PATIENCE_S = 15.0  # for what must come: a loaded machine may take a hundred times as long as an idle one
 POLL_S = 0.02
 STEP_S = 0.25  # one wait of a fetch that is repeated
+CONDITIONS: dict[object, Callable[[Traits], bool]] = {}
+
 GLANCE_S = 0.05  # for what must not come, and could have come long ago
 
 
@@ -89,13 +106,17 @@ class Trial:
         subscription = Subscription(stream, group, owner, start, self.place.lease_s)
         consumer = await (broker or self.broker).subscribe(subscription)
         self.consumers.append(consumer)
-        self._beats[id(consumer)] = self._tasks.create_task(self._beat(consumer))
+        self.revive(consumer)
         return consumer
 
     def silence(self, *consumers: Consumer) -> None:
         """Let them fall silent, as if their process had crashed or stood still."""
         for consumer in consumers:
             self._beats.pop(id(consumer)).cancel()
+
+    def revive(self, consumer: Consumer) -> None:
+        """Let it beat, until the test's end or `silence`."""
+        self._beats[id(consumer)] = self._tasks.create_task(self._beat(consumer))
 
     def record(self, data: bytes | None = None, *, partition: int = 0, key: str | None = None) -> Record:
         """A record with an id of its own, and a number as its data."""
@@ -124,12 +145,6 @@ class Trial:
     async def nothing(self, consumer: Consumer, *, within_s: float = GLANCE_S) -> None:
         """Make sure that there is nothing to claim."""
         assert await consumer.fetch(10, within_s) == []
-
-    async def crash(self, *consumers: Consumer) -> None:
-        """Let them fall silent, and wait until the others have noticed."""
-        living = len(self._beats) - len(consumers)
-        self.silence(*consumers)
-        await self.eventually(lambda: self.info(), lambda info: info.consumers <= living)
 
     async def eventually(
         self, ask: Callable[[], Awaitable[T]], good: Callable[[T], bool], *, within_s: float = PATIENCE_S
@@ -167,6 +182,16 @@ class Trial:
             await consumer.close()
         for broker in self.brokers:
             await broker.close()
+
+
+def where(condition: Callable[[Traits], bool]) -> Callable[[T], T]:
+    """Mark a test that only some brokers have: those whose traits meet the condition."""
+
+    def mark(test: T) -> T:
+        CONDITIONS[test] = condition
+        return test
+
+    return mark
 
 
 @asynccontextmanager

@@ -1,0 +1,404 @@
+"""A member of a group on Redis: events without order, each to whoever comes first.
+
+    undelivered ─XREADGROUP >─► held by c ─ack─► done          Every pending entry belongs to a consumer whose fence
+                                 │  └─dead letter, ack─►       exists, or to `~due` and is in `due`, or to a name
+          retry, release, evict  │                             without fence, which the sweep finds within seconds.
+                                 ▼
+           waiting: pending under `~due`, and in `due` ─take─► held by c'
+
+A consumer outlives its lives. Each life, an `Incarnation`, has a name that is used once; it ends when the others took it
+for dead, and when the server turns out to be another one, which knows nothing of what we remember. Then all that it held
+is lost: `settle` answers False, `keep` tells the worker once, and until it has, nothing is claimed, so that no position
+comes back to a worker that still believes to hold it. The next life evicts its predecessor, without blame.
+
+Nothing here tries again by itself. A lost connection raises `BrokerDown`; the next call, whichever it is, repairs the
+links, kills the old ones on the server, and recovers what was delivered meanwhile. The caller sends the same again:
+an ack of an acked entry finds nothing, and all else is compared with owner and delivery count first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from millstream.brokers.base import Claim, Dead, Done, Kept, Later, Output, Position, Settlement, Start, Subscription
+from millstream.brokers.redis.incarnation import Incarnation, Item
+from millstream.brokers.redis.members import MAX_ITEMS, PREFIX, Place
+from millstream.errors import (
+    BrokerDown,
+    BrokerError,
+    BrokerFull,
+    BrokerRefused,
+    GroupVanished,
+    LeaseLost,
+    NotSupported,
+    PublishError,
+)
+from millstream.telemetry import BROKER_ERROR, logger
+from millstream.units import MAX_ERROR_CHARS
+
+if TYPE_CHECKING:
+    from millstream.brokers.redis.broker import RedisBroker
+
+DEAD_FULL_S = 300.0  # no room for a dead letter: the event waits, so that it is neither lost nor tried in a loop
+MAX_FORMERS = 16  # lives whose eviction is still owed; the sweep finds all others
+LOG_S = 1.0  # one line a second says as much as a thousand
+
+_LAST_SEQUENCE = 18_446_744_073_709_551_615
+
+_Plan = dict[int, list[tuple[int, Item]]]
+"""Per partition: which settlement, and its verdict."""
+
+
+class RedisConsumer:
+    """One running member of a group; see `brokers.base.Consumer` for its promises."""
+
+    def __init__(self, broker: RedisBroker, subscription: Subscription) -> None:
+        self._broker = broker
+        self._clock = broker.clock
+        self._subscription = subscription
+        self._start = _start(subscription.start)
+        self._life: Incarnation | None = None
+        self._lives = 0
+        self._name = f"{PREFIX}{_host()}.{os.getpid()}.{broker.clock.nonce()}"
+        self._formers: list[Incarnation] = []
+        self._lost: set[Position] = set()
+        self._told = asyncio.Event()
+        self._turn = asyncio.Lock()
+        self._closed = False
+        self._sweep_at = self._logged_at = 0.0
+
+    @classmethod
+    async def join(cls, broker: RedisBroker, subscription: Subscription) -> RedisConsumer:
+        """Enter a group, which is made if it is new. Raises `GroupOwned`, `StreamMismatch`, `NotSupported`."""
+        if subscription.order:
+            raise NotSupported(f"{broker.url} cannot consume in the order of keys yet")
+        consumer = cls(broker, subscription)
+        await consumer._living()
+        return consumer
+
+    async def fetch(self, limit: int, wait_s: float) -> list[Claim]:
+        """Claim up to `limit` events: those due again, then new ones. Waits up to `wait_s` for the first one.
+
+        Cancelling loses nothing: what was on its way comes with the next call.
+        """
+        until = self._clock.monotonic() + wait_s
+        while True:
+            left_s = until - self._clock.monotonic()
+            if self._lost:
+                await self._clock.wait(self._told, max(0.0, left_s))
+            else:
+                claims = await self._claim(limit, left_s)
+                if claims:
+                    return claims
+            if self._clock.monotonic() >= until:
+                return []
+
+    async def begin(self, positions: Sequence[Position]) -> None:
+        """Note that the handlers of these suspects start now. Raises `LeaseLost` when they are not ours."""
+        life = self._life
+        if life is None or not all(position.offset in life.held[position.partition] for position in positions):
+            raise LeaseLost(f"{self._name} does not hold these events any more")
+        life = await self._living()
+        offsets: dict[int, list[str]] = defaultdict(list)
+        for position in positions:
+            offsets[position.partition].append(position.offset)
+        try:
+            for partition, some in offsets.items():
+                await life.mark(partition, some)
+        except LeaseLost:
+            self._end(life)
+            raise
+
+    async def settle(self, settlements: Sequence[Settlement]) -> list[bool]:
+        """Store outcomes and outputs; False where an event was not ours any more.
+
+        Fresh events that are done leave as one transaction. Then comes what needs no room, then dead letters and
+        outputs: when one of these is refused, `BrokerFull` is raised after all the others are settled.
+        """
+        results = [False] * len(settlements)
+        if self._life is None:
+            return results
+        life = await self._living()
+        try:
+            await self._settle(life, settlements, results)
+        except GroupVanished as error:
+            await self._heal(life, error)  # what is pending now was delivered again; for the rest: not ours any more
+            await self._settle(life, settlements, results)
+        except LeaseLost:
+            self._end(life)
+        if life.fenced:
+            self._end(life)
+        return results
+
+    async def keep(self) -> Kept:
+        """Beat, look after the other members, and tell what was lost since the last call."""
+        lost, told = self._lost, self._told
+        if not lost:
+            await self._keep()
+            lost = self._lost
+        self._lost, self._told = set(), asyncio.Event()
+        told.set()
+        return Kept(lost=frozenset(lost))
+
+    async def release(self, partitions: frozenset[int]) -> None:
+        """Hand back, uncounted and at once, all that is held of these partitions."""
+        if self._life is None:
+            return
+        life = await self._living()
+        try:
+            for partition in partitions:
+                await self._release(life, partition)
+        except LeaseLost:
+            self._end(life)
+
+    async def close(self) -> None:
+        """Hand back all that is held, and leave the group. Never raises for a broker that is gone."""
+        if self._closed:
+            return
+        self._closed = True
+        life, self._life = self._life, None
+        if life is None:
+            return
+        try:
+            if not life.connected:
+                await life.repair()
+            for partition in life.place.partitions:
+                await self._release(life, partition)
+            await life.leave()
+        except BrokerError as error:
+            logger.info("%s left without saying so, others take over what it held: %s", life.name, error)
+        finally:
+            life.close()
+
+    # Lives.
+
+    async def _living(self) -> Incarnation:
+        life = self._life
+        if life is not None and life.connected:
+            return life
+        async with self._turn:  # of all calls that find it so, one repairs
+            if self._closed:
+                raise BrokerDown("this consumer is closed")
+            if self._life is not None and not self._life.connected:
+                life = self._life
+                try:
+                    await life.repair()
+                except LeaseLost as error:
+                    self._complain(error)
+                    self._end(life)
+            if self._life is None:
+                self._life = await self._enter()
+            return self._life
+
+    async def _enter(self) -> Incarnation:
+        subscription = self._subscription
+        await self._broker.declare(subscription.stream)
+        place = Place(self._broker.keys(subscription.stream.name), subscription)
+        self._lives += 1
+        life = Incarnation(self._broker, place, subscription, f"{self._name}.{self._lives}")
+        try:
+            await life.enter(self._start)
+            while self._formers:
+                life.set_free(await self._formers[0].leave(life.writer))
+                self._formers.pop(0)
+        except BaseException:
+            life.close()
+            raise
+        # Who was a member before never skips to the end: what came while the group was gone is for it.
+        self._start = "0-0" if self._start == "$" else self._start
+        return life
+
+    def _end(self, life: Incarnation) -> None:
+        self._lost.update(life.drop_all())
+        if self._life is life:
+            self._life = None
+            self._formers = [*self._formers, life][-MAX_FORMERS:]
+        life.close()
+
+    async def _heal(self, life: Incarnation, error: BrokerError) -> None:
+        self._complain(error)
+        await life.join(self._start)
+
+    def _complain(self, error: BrokerError) -> None:
+        self._broker.telemetry.emit(BROKER_ERROR, group=self._subscription.group, error=error)
+        now = self._clock.monotonic()
+        if now >= self._logged_at + LOG_S:
+            self._logged_at = now
+            logger.warning("group %s of %s: %s", self._subscription.group, self._subscription.stream.name, error)
+
+    # Claiming and keeping.
+
+    async def _claim(self, limit: int, left_s: float) -> list[Claim]:
+        life = await self._living()
+        try:
+            await life.watch()
+            await life.recover()
+            claims = [life.surplus.popleft() for _ in range(min(limit, len(life.surplus)))]
+            if len(claims) < limit and life.wait_ms() <= 0:
+                claims += await life.take(limit - len(claims))
+            if len(claims) < limit:
+                block_ms = 0 if claims else int(min(left_s * 1000, max(1, life.wait_ms() + 1)))
+                claims += await life.read(limit - len(claims), block_ms)
+            if life.full and len(claims) < limit:  # a few partitions have more than their share
+                claims += await life.read(limit - len(claims), 0, life.full)
+            life.surplus.extend(claims[limit:])
+            await life.trust()
+            return claims[:limit]
+        except GroupVanished as error:
+            await self._heal(life, error)
+        except LeaseLost as error:
+            self._complain(error)
+            self._end(life)
+        return []
+
+    async def _keep(self) -> None:
+        life = await self._living()
+        try:
+            await life.beat()
+            await life.watch()
+            if (now := self._clock.monotonic()) >= self._sweep_at:
+                self._sweep_at = now + life.members.sweep_s
+                life.set_free(await life.members.sweep(life.writer))
+        except GroupVanished as error:
+            await self._heal(life, error)
+        except LeaseLost as error:
+            self._complain(error)
+            self._end(life)
+
+    # Settling.
+
+    async def _settle(self, life: Incarnation, settlements: Sequence[Settlement], results: list[bool]) -> None:
+        fast: list[tuple[int, Position]] = []
+        free, dead = _plan(), _plan()
+        outputs: list[int] = []
+        for index, settlement in enumerate(settlements):
+            position, outcome = settlement.position, settlement.outcome
+            count = life.held[position.partition].get(position.offset)
+            if count is None or results[index]:
+                continue
+            if settlement.outputs:
+                outputs.append(index)
+            elif count > 0 and type(outcome) is Done:
+                fast.append((index, position))
+            else:
+                plan = dead if type(outcome) is Dead else free
+                plan[position.partition].append((index, self._item(life, settlement, count)))
+        await self._acknowledge(life, fast, results)
+        await self._finish(life, free, results)
+        refused = await self._finish(life, dead, results)
+        refused = await self._settle_outputs(life, settlements, outputs, results) or refused
+        if refused is not None:
+            raise refused
+
+    async def _settle_outputs(
+        self, life: Incarnation, settlements: Sequence[Settlement], indexes: Sequence[int], results: list[bool]
+    ) -> BrokerError | None:
+        # Outputs first: one that is stored twice is an accident, one that is missing a loss.
+        streams: dict[str, list[Output]] = defaultdict(list)
+        for index in indexes:
+            for output in settlements[index].outputs:
+                streams[output.stream].append(output)
+        refused: dict[str, BrokerError] = {}
+        for stream, some in streams.items():
+            try:
+                await self._broker.append(stream, [output.record for output in some])
+            except BrokerError as error:
+                refused[stream] = error
+            except PublishError as error:
+                refused[stream] = BrokerDown(f"outputs for {stream!r}: {error}")
+        plan = _plan()
+        fast: list[tuple[int, Position]] = []
+        for index in indexes:
+            settlement = settlements[index]
+            position = settlement.position
+            count = life.held[position.partition].get(position.offset)
+            if count is None or any(output.stream in refused for output in settlement.outputs):
+                continue
+            if count > 0 and type(settlement.outcome) is Done:
+                fast.append((index, position))
+            else:
+                plan[position.partition].append((index, self._item(life, settlement, count)))
+        await self._acknowledge(life, fast, results)
+        error = await self._finish(life, plan, results)
+        return next(iter(refused.values()), error)
+
+    async def _acknowledge(self, life: Incarnation, fast: Sequence[tuple[int, Position]], results: list[bool]) -> None:
+        if not fast:
+            return
+        acks: dict[int, list[str]] = defaultdict(list)
+        for _, position in fast:
+            acks[position.partition].append(position.offset)
+        await life.acknowledge(list(acks.items()))
+        for index, position in fast:
+            results[index] = True
+            life.held[position.partition].pop(position.offset, None)
+
+    async def _finish(self, life: Incarnation, plan: _Plan, results: list[bool]) -> BrokerError | None:
+        # Returns why something was not stored, after all the rest was.
+        refused: BrokerError | None = None
+        for partition, planned in plan.items():
+            while planned:
+                some, planned = planned[:MAX_ITEMS], planned[MAX_ITEMS:]
+                answers = await life.finish(partition, [item for _, item in some])
+                again: list[tuple[int, Item]] = []
+                for (index, item), answer in zip(some, answers, strict=True):
+                    if answer == b"FULL":
+                        again.append((index, self._postponed(life, item)))
+                    elif answer == b"MORE":
+                        again.append((index, item))
+                    elif isinstance(answer, bytes):
+                        refused = life.writer.failure(Exception(answer.decode()), "dead letter")
+                    else:
+                        results[index] = answer == 1
+                        life.held[partition].pop(item[1], None)
+                        if answer == 1 and item[0] in ("retry", "postpone", "release"):
+                            await self._schedule(life, partition, int(item[3]))
+                planned = again + planned
+        return refused
+
+    async def _schedule(self, life: Incarnation, partition: int, at_ms: int) -> None:
+        life.due_ms[partition] = min(life.due_ms[partition], at_ms)
+        await life.wake(at_ms)
+
+    async def _release(self, life: Incarnation, partition: int) -> None:
+        items: list[Item] = [("release", offset, abs(count), 0, b"") for offset, count in life.held[partition].items()]
+        plan = {partition: [(index, item) for index, item in enumerate(items)]}
+        await self._finish(life, plan, [False] * len(items))
+        for claim in [claim for claim in life.surplus if claim.stored.position.partition == partition]:
+            life.surplus.remove(claim)
+
+    def _item(self, life: Incarnation, settlement: Settlement, count: int) -> Item:
+        offset, outcome = settlement.position.offset, settlement.outcome
+        if isinstance(outcome, Later):
+            # The delay is what was meant; the two clocks need not agree.
+            at_ms = int(life.now_ms + outcome.at_ms - self._clock.now_ms())
+            return "retry" if outcome.counted else "postpone", offset, abs(count), max(0, at_ms), b""
+        if isinstance(outcome, Dead):
+            error = outcome.error[:MAX_ERROR_CHARS].encode("utf-8", "backslashreplace")
+            return "dead", offset, abs(count), outcome.reason, error
+        return "done", offset, abs(count), 0, b""
+
+    def _postponed(self, life: Incarnation, item: Item) -> Item:
+        group = self._subscription.group
+        self._complain(BrokerFull(f"no room for more dead letters of {group!r}: replay or drop some. Such events wait"))
+        return "release", item[1], item[2], int(life.now_ms + DEAD_FULL_S * 1000), b""
+
+
+def _plan() -> _Plan:
+    return defaultdict(list)
+
+
+def _start(start: Start) -> str:
+    if isinstance(start, int):
+        return f"{start - 1}-{_LAST_SEQUENCE}" if start > 0 else "0-0"
+    return "$" if start == "now" else "0-0"
+
+
+def _host() -> str:
+    name = socket.gethostname().partition(".")[0][:32]
+    return "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in name) or "host"

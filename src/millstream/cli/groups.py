@@ -1,0 +1,146 @@
+"""`group ls`, `group show`, `group adopt`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+import msgspec
+
+from millstream.brokers.base import Broker, GroupInfo, PendingInfo
+from millstream.cli import show, target
+from millstream.cli.main import Given, Group, NotConfirmed
+from millstream.cli.show import Column, Output
+from millstream.units import check_name
+
+_MAX_PENDING = 10  # the oldest of each partition: they show what everything else waits for
+
+COLUMNS = (
+    Column("GROUP", "name", elastic=True),
+    Column("APP", "owner"),
+    Column("LIVE", "consumers", show.count),
+    Column("LAG", "lag", show.count),
+    Column("PENDING", "pending", show.count),
+    Column("WAITING", "scheduled", show.count),
+    Column("DEAD", "dead", show.count),
+    Column("DONE", "done", show.count),
+)
+_LINES = (
+    Column("group", "name"),
+    Column("app", "owner"),
+    Column("live consumers", "consumers", show.count),
+    Column("lag", "lag", show.count),
+    Column("pending", "pending", show.count),
+    Column("of these waiting", "scheduled", show.count),
+    Column("done", "done", show.count),
+    Column("retried", "retried", show.count),
+    Column("dead letters", "dead", show.count),
+    Column("replayed", "replayed", show.count),
+    Column("dropped", "dropped", show.count),
+)
+_PENDING = (
+    Column("PENDING", "position"),
+    Column("ATTEMPT", "attempt", show.count),
+    Column("NEXT TRY", "due_ms", show.moment),
+    Column("CONSUMER", "consumer", elastic=True),
+)
+
+
+@click.group(cls=Group)
+def group() -> None:
+    """List groups, show one, adopt one."""
+
+
+@group.command()
+@show.output_option
+@click.pass_obj
+def ls(given: Given, output: Output) -> None:
+    """List the groups of all streams: how far behind they are, and their dead letters."""
+    target.run(lambda: _list(given, output))
+
+
+@group.command("show")
+@click.argument("name", metavar="GROUP")
+@show.output_option
+@click.pass_obj
+def show_(given: Given, name: str, output: Output) -> None:
+    """Show a group, and its oldest events that are not settled.
+
+    GROUP is `billing`, or `orders/billing` where two streams have it.
+    """
+    target.run(lambda: _show(given, name, output))
+
+
+@group.command()
+@click.argument("name", metavar="GROUP")
+@click.option("--owner", metavar="APP", help="The app to own it; without this, the one of --app.")
+@click.option("--plan", is_flag=True, help="Show what would be done, and stop.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.pass_obj
+def adopt(given: Given, name: str, owner: str | None, plan: bool, yes: bool) -> None:
+    """Make another app the owner of a group; the group keeps its place.
+
+    A group belongs to one app, so that two apps cannot take events from each other by using one name. Adopt a group after
+    its app was renamed, or its handlers moved.
+    """
+    target.run(lambda: _adopt(given, name, owner, plan, yes))
+
+
+async def _list(given: Given, output: Output) -> None:
+    async with target.find(given).opened() as broker:
+        infos = await target.all_groups(broker)
+    show.rows([fields(info) for info in infos], COLUMNS, output)
+    if not infos:
+        show.note("There are no groups yet: `millstream run` makes those that handlers name.")
+
+
+async def _show(given: Given, name: str, output: Output) -> None:
+    async with target.find(given).opened() as broker:
+        info = await target.find_group(broker, name)
+        pending = await broker.admin.pending(info.stream, info.group, _MAX_PENDING)
+    found = fields(info)
+    waiting = [_pending_fields(event) for event in pending]
+    if output != "table":
+        found["oldest_pending"] = waiting
+    show.one(found, _LINES, output)
+    if output == "table" and waiting:
+        click.echo()
+        show.rows(waiting, _PENDING, output)
+
+
+async def _adopt(given: Given, name: str, owner: str | None, plan: bool, yes: bool) -> None:
+    meant = target.find(given)
+    new = owner or (meant.app.name if meant.app else "")
+    if not new:
+        raise click.UsageError("Adopted by which app? Give --owner NAME or --app.")
+    check_name("app", new)
+    async with meant.opened() as broker:
+        info = await target.find_group(broker, name)
+        await _change_owner(broker, info, new, plan, yes)
+
+
+async def _change_owner(broker: Broker, info: GroupInfo, new: str, plan: bool, yes: bool) -> None:
+    named = f"{info.stream}/{info.group}"
+    if info.owner == new:
+        show.note(f"{named} belongs to {new} already")
+        return
+    left = "an unknown number of" if info.lag is None else f"{info.lag + info.pending:,}"
+    show.note(f"plan: {named} changes from app {info.owner or '-'} to {new}, with {left} unfinished events")
+    if plan:
+        return
+    if info.consumers:
+        raise NotConfirmed(
+            f"{named} has {info.consumers} running consumers of {info.owner}; nothing was changed: stop them first"
+        )
+    show.confirm(f"Give {named} to {new}?", yes=yes)
+    await broker.admin.adopt(info.stream, info.group, new)
+    click.echo(f"{named} belongs to {new} now")
+
+
+def fields(info: GroupInfo) -> dict[str, Any]:
+    """A group's fields, and the name by which commands know it."""
+    return {"name": f"{info.stream}/{info.group}", **msgspec.structs.asdict(info)}
+
+
+def _pending_fields(event: PendingInfo) -> dict[str, Any]:
+    return {**msgspec.structs.asdict(event), "position": str(event.position)}

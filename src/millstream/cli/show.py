@@ -1,0 +1,278 @@
+"""What a terminal shows: tables, JSON, lines, progress. The only file that knows rich, which is loaded when it draws."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeAlias
+
+import click
+import msgspec
+
+from millstream.cli.main import NotConfirmed
+from millstream.clock import Clock
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+Output: TypeAlias = Literal["table", "json", "jsonl"]
+Row: TypeAlias = Mapping[str, Any]
+"""Field names are those of the public API; values are what JSON can hold."""
+
+LINE_S = 3.0  # between two lines of progress where there is no terminal
+PICTURE_S = 0.1
+
+output_option = click.option(
+    "-o",
+    "--output",
+    type=click.Choice(["table", "json", "jsonl"]),
+    default="table",
+    show_default=True,
+    help="How to show it: for people, as JSON, or as JSON lines.",
+)
+
+
+def count(value: int | None) -> str:
+    """A number; one that nobody knows is not 0."""
+    return "?" if value is None else f"{value:,}"
+
+
+def size(value: int | None) -> str:
+    """Bytes, for people."""
+    if value is None:
+        return "?"
+    amount, unit = float(value), "B"
+    for larger in ("KB", "MB", "GB", "TB"):
+        if amount < 1024:
+            break
+        amount, unit = amount / 1024, larger
+    return f"{amount:,.0f} {unit}" if unit == "B" else f"{amount:,.1f} {unit}"
+
+
+def moment(value_ms: int | None) -> str:
+    """A local time, for people."""
+    return "-" if value_ms is None else f"{datetime.fromtimestamp(value_ms / 1000):%Y-%m-%d %H:%M:%S}"
+
+
+def iso(value_ms: int) -> str:
+    """A time for machines, in UTC."""
+    return datetime.fromtimestamp(value_ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def span(seconds: float) -> str:
+    """A length of time: `8s`, `3m 05s`, `2h 10m`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes}m {rest:02}s" if minutes < 60 else f"{minutes // 60}h {minutes % 60:02}m"
+
+
+def text(value: Any) -> str:
+    """Anything on one line; what could steer a terminal is taken out."""
+    words = "-" if value is None or value == "" else str(value)
+    return words if words.isprintable() else "".join(c if c.isprintable() else " " for c in words)
+
+
+class Column(NamedTuple):
+    """A column of a table, and which field it shows."""
+
+    title: str
+    field: str
+    form: Callable[[Any], str] = text
+    elastic: bool = False
+    """Cut when the terminal is too narrow: one column at most."""
+
+
+def rows(items: Sequence[Row], columns: Sequence[Column], output: Output, *, err: bool = False) -> None:
+    """A list of things, on stdout; as a table with these columns, as JSON with all fields."""
+    if output == "json":
+        click.echo(msgspec.json.format(msgspec.json.encode(items), indent=2), err=err)
+    elif output == "jsonl":
+        for item in items:
+            click.echo(msgspec.json.encode(item), err=err)
+    elif items:
+        _table(items, columns, err)
+
+
+def one(item: Row, lines: Sequence[Column], output: Output) -> None:
+    """One thing, on stdout: a line for each field."""
+    if output != "table":
+        encoded = msgspec.json.encode(item)
+        click.echo(msgspec.json.format(encoded, indent=2) if output == "json" else encoded)
+        return
+    width = max(len(line.title) for line in lines)
+    for line in lines:
+        click.echo(f"{_dim(line.title.ljust(width))}  {line.form(item.get(line.field))}")
+
+
+def note(words: str) -> None:
+    """Something for people, beside the results."""
+    click.echo(text(words), err=True)
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask a terminal; elsewhere somebody must have said yes. Raises `NotConfirmed`."""
+    if yes:
+        return
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise NotConfirmed("nothing was changed: this is no terminal to ask; say --yes to do it, --plan to only look")
+    if not click.confirm(question, err=True):
+        raise NotConfirmed("nothing was changed")
+
+
+def is_terminal(stream: IO[str]) -> bool:
+    """True where lines can be drawn over."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+class EventLines:
+    """Events as they come, on stdout; as lines, as a JSON array, or as JSON lines."""
+
+    def __init__(self, output: Output, clock: Clock) -> None:
+        self._output = output
+        self._clock = clock
+        self._shown = 0
+        self._terminal = is_terminal(sys.stdout)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._output == "json" and kind is not BrokenPipeError:
+            click.echo("\n]" if self._shown else "[]")
+
+    def show(self, event: Row) -> None:
+        """One event. `fault` in place of `data` where an entry is no event."""
+        if self._output == "table":
+            click.echo(self._line(event))
+        elif self._output == "jsonl":
+            click.echo(msgspec.json.encode(event))
+        else:
+            click.echo(b"  " + msgspec.json.encode(event) if self._shown else b"[\n  " + msgspec.json.encode(event), nl=False)
+        self._shown += 1
+
+    def _line(self, event: Row) -> str:
+        data = text(event["fault"] if "fault" in event else msgspec.json.encode(event["data"]).decode())
+        kind = event["type"] or "(no event)"
+        if not self._terminal:
+            return "  ".join([event["time"], event["position"], *map(text, (kind, event["key"], event["id"])), data])
+        width = shutil.get_terminal_size().columns
+        when = f"{datetime.fromisoformat(event['time']).astimezone():%H:%M:%S}"
+        before = f"{when}  {event['position']}  "
+        after = f"  {text(event['key'])}  {text(event['id'])}  "
+        return _dim(before) + _bold(text(kind)) + _dim(after) + _cut(data, width - len(before + kind + after))
+
+
+class Progress:
+    """How far long work is, on stderr: a bar on a terminal, elsewhere a line every few seconds."""
+
+    def __init__(self, doing: str, unit: str, clock: Clock, total: int | None = None) -> None:
+        self._doing = doing
+        self._unit = unit
+        self._clock = clock
+        self._total = total
+        self._begun_s = self._shown_s = clock.monotonic()
+        self._bar: Any = None
+
+    def __enter__(self) -> Self:
+        if is_terminal(sys.stderr):
+            from rich.progress import BarColumn, TextColumn
+            from rich.progress import Progress as Bar
+
+            columns = TextColumn(self._doing), BarColumn(24), TextColumn("{task.fields[words]}", markup=False)
+            self._bar = Bar(*columns, console=_console(err=True), auto_refresh=False, transient=True)
+            self._bar.start()
+            self._bar.add_task("", total=None, words="")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def show(self, done: int, part: float | None = None) -> None:
+        """So many are done; `part` of 1 of the whole, where the total is not known in events."""
+        now_s = self._clock.monotonic()
+        if now_s - self._shown_s < (PICTURE_S if self._bar is not None else LINE_S):
+            return
+        self._shown_s = now_s
+        if part is None and self._total:
+            part = done / self._total
+        words = self._words(done, part, now_s - self._begun_s)
+        if self._bar is not None:
+            self._bar.update(0, total=None if part is None else 1.0, completed=part or 0.0, words=words)
+            self._bar.refresh()
+        else:
+            click.echo(f"{self._doing} {words}", err=True)
+
+    def summary(self, done: int) -> str:
+        """How many in which time, at which rate."""
+        elapsed_s = self._clock.monotonic() - self._begun_s
+        rate = f", {done / elapsed_s:,.0f}/s" if elapsed_s > 0.1 else ""
+        return f"{done:,} {self._unit} in {elapsed_s:.1f}s{rate}"
+
+    def _words(self, done: int, part: float | None, elapsed_s: float) -> str:
+        words = f"{done:,} {self._unit}  {done / elapsed_s:,.0f}/s"
+        return words if not part else f"{words}  {part:.0%}  {span(elapsed_s * (1 - part) / part)} left"
+
+
+def _table(items: Sequence[Row], columns: Sequence[Column], err: bool) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.cells import cell_len
+    from rich.table import Table
+    from rich.text import Text
+
+    console = _console(err=err)
+    cells = [[column.form(item.get(column.field)) for column in columns] for item in items]
+    widths = [max(map(cell_len, (title, *texts))) for title, texts in zip(_titles(columns), zip(*cells, strict=True), strict=True)]
+    table = Table(box=SIMPLE_HEAD if console.is_terminal else None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        right = column.form in (count, size)
+        room = console.width - sum(widths) + widths[index] - 2 * len(columns) - 2
+        table.add_column(
+            Text(column.title),
+            justify="right" if right else "left",
+            no_wrap=True,
+            max_width=max(room, 8) if column.elastic and console.is_terminal else None,
+        )
+    for line in cells:
+        table.add_row(*(Text(cell) for cell in line))
+    console.print(table)
+
+
+def _titles(columns: Sequence[Column]) -> list[str]:
+    return [column.title for column in columns]
+
+
+def _console(*, err: bool = False) -> Console:
+    from rich.console import Console
+
+    file = sys.stderr if err else sys.stdout
+    terminal = is_terminal(file)
+    # Where there is no terminal nothing is cut or wrapped: the reader is a program or a file.
+    return Console(file=file, force_terminal=terminal, width=None if terminal else 10_000, highlight=False)
+
+
+def draw(*things: RenderableType) -> None:
+    """Anything of rich, on stdout."""
+    _console().print(*things)
+
+
+def _dim(words: str) -> str:
+    return f"\x1b[2m{words}\x1b[0m" if _coloured() else words
+
+
+def _bold(words: str) -> str:
+    return f"\x1b[1m{words}\x1b[0m" if _coloured() else words
+
+
+def _coloured() -> bool:
+    return is_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
+
+
+def _cut(words: str, width: int) -> str:
+    return words if len(words) <= width else words[: max(width - 1, 0)] + "…"
