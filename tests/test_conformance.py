@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from millstream.settings import Settings
 from millstream.testing.clock import VirtualClock
 from millstream.testing.conformance import Conformance, Place
 from tests.servers import VERSIONS, RedisServer
+
+NAMESPACES = count()
 
 MOMENT_S = 3.0  # a takeover is promised within a second of the lease; two busy cores may need more
 
@@ -41,17 +44,17 @@ class TestSQLiteBroker(Conformance):
         return Place(url=f"sqlite:///{tmp_path}/events.db", moment_s=MOMENT_S)
 
 
+@pytest.fixture(scope="module", params=VERSIONS)
+def server(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
+    with RedisServer.start(request.param) as server:
+        yield server
+
+
 class TestRedisBroker(Conformance):
     """On each version, within one server: every test has a namespace of its own."""
 
-    traits = Traits(atomic_outputs=True)
-
-    @pytest.fixture(scope="class", params=VERSIONS)
-    def server(self, request: pytest.FixtureRequest) -> Iterator[RedisServer]:
-        with RedisServer.start(request.param) as server:
-            yield server
+    traits = Traits()
 
     @pytest.fixture
-    def place(self, server: RedisServer, request: pytest.FixtureRequest) -> Place:
-        namespace = f"t{abs(hash(request.node.name))}"
-        return Place(url=server.url, settings=Settings(namespace=namespace), moment_s=MOMENT_S)
+    def place(self, server: RedisServer) -> Place:
+        return Place(url=server.url, settings=Settings(namespace=f"t{next(NAMESPACES)}"), moment_s=MOMENT_S)

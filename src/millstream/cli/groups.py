@@ -9,7 +9,7 @@ import msgspec
 
 from millstream.brokers.base import Broker, GroupInfo, PendingInfo
 from millstream.cli import show, target
-from millstream.cli.main import Given, Group, NotConfirmed
+from millstream.cli.main import Given, Group
 from millstream.cli.show import Column, Output
 from millstream.units import check_name
 
@@ -126,12 +126,10 @@ async def _change_owner(broker: Broker, info: GroupInfo, new: str, plan: bool, y
         return
     left = "an unknown number of" if info.lag is None else f"{info.lag + info.pending:,}"
     show.note(f"plan: {named} changes from app {info.owner or '-'} to {new}, with {left} unfinished events")
+    if info.consumers:
+        show.note(f"{info.consumers} of its consumers are running now: they go on until they are stopped")
     if plan:
         return
-    if info.consumers:
-        raise NotConfirmed(
-            f"{named} has {info.consumers} running consumers of {info.owner}; nothing was changed: stop them first"
-        )
     show.confirm(f"Give {named} to {new}?", yes=yes)
     await broker.admin.adopt(info.stream, info.group, new)
     click.echo(f"{named} belongs to {new} now")

@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeAlias
 import click
 import msgspec
 
+from millstream.brokers.base import Stored
 from millstream.cli.main import NotConfirmed
 from millstream.clock import Clock
 
@@ -78,6 +79,24 @@ def text(value: Any) -> str:
     return words if words.isprintable() else "".join(c if c.isprintable() else " " for c in words)
 
 
+def event(stored: Stored) -> dict[str, Any]:
+    """An event as it travels and lies, for machines; what stands here can be published again.
+
+    An entry that is no event has a `fault`, the beginning of what it holds, in place of `data`.
+    """
+    record = stored.record
+    fields: dict[str, Any] = {
+        "position": str(stored.position),
+        "id": record.id,
+        "type": record.type,
+        "source": record.source,
+        "time": iso(record.time_ms),
+        "key": record.key,
+        "headers": _json(record.headers) if record.headers else {},
+    }
+    return fields | ({"data": _json(record.data)} if record.type else {"fault": record.data.decode(errors="replace")})
+
+
 class Column(NamedTuple):
     """A column of a table, and which field it shows."""
 
@@ -108,6 +127,17 @@ def one(item: Row, lines: Sequence[Column], output: Output) -> None:
     width = max(len(line.title) for line in lines)
     for line in lines:
         click.echo(f"{_dim(line.title.ljust(width))}  {line.form(item.get(line.field))}")
+
+
+def block(title: str, value: Any) -> None:
+    """Something longer, below a title: JSON indented, text line by line. Nothing where there is nothing."""
+    if not value:
+        return
+    if not isinstance(value, str):
+        value = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+    click.echo(f"\n{_dim(title)}")
+    for line in value.strip().splitlines():
+        click.echo(f"  {text(line) if line else ''}")
 
 
 def note(words: str) -> None:
@@ -218,6 +248,15 @@ class Progress:
     def _words(self, done: int, part: float | None, elapsed_s: float) -> str:
         words = f"{done:,} {self._unit}  {done / elapsed_s:,.0f}/s"
         return words if not part else f"{words}  {part:.0%}  {span(elapsed_s * (1 - part) / part)} left"
+
+
+def _json(data: bytes) -> Any:
+    """JSON as it is, number for number; other bytes, which a foreign producer may have written, as text."""
+    try:
+        msgspec.json.decode(data)
+    except ValueError:
+        return data.decode(errors="replace")
+    return msgspec.Raw(data)
 
 
 def _table(items: Sequence[Row], columns: Sequence[Column], err: bool) -> None:

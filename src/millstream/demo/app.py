@@ -153,7 +153,7 @@ async def play(options: DemoOptions, show: Callable[[Progress], None]) -> Summar
             settings=here.settings,
         )
         async with played.worker():
-            broker = played.broker
+            here.reached, broker = True, played.broker
             await _Run(played, clock, options, desk, witness, show).play()
         if broker.traits.shared:
             async with here.opened() as reader:

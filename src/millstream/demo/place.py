@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from urllib.parse import parse_qsl, urlencode
 
-from millstream import Settings
+from millstream import BrokerDown, Settings
 from millstream.brokers.base import Broker
 from millstream.brokers.urls import broker_for, mask
 from millstream.clock import Clock
@@ -22,12 +22,14 @@ APP = "millstream.demo.app:app"
 REMOVED_AT_ONCE = 500  # keys in one UNLINK
 
 
-@dataclass(frozen=True)
+@dataclass
 class Place:
     """A broker URL, and the namespace of this run."""
 
     url: str
     namespace: str
+    reached: bool = False
+    """Whether the broker was ever open."""
 
     @property
     def settings(self) -> Settings:
@@ -68,8 +70,12 @@ async def found(url: str | None, *, keep: bool) -> AsyncIterator[Place]:
             if not keep:
                 shutil.rmtree(folder, ignore_errors=True)
     elif url.startswith("redis"):
+        here = Place(_in_namespace(url, name), "")
         try:
-            yield Place(_in_namespace(url, name), "")
+            yield here
+        except BrokerDown:
+            keep = keep or not here.reached  # then there is nothing to remove, and no complaint about it either
+            raise
         finally:
             if not keep:
                 await _remove(url, name)

@@ -133,6 +133,7 @@ class Lanes:
         self._queue: deque[Claim] = deque()
         self._lanes = [Lane() for _ in range(concurrency)]
         self._idle: list[asyncio.Future[None]] = []
+        self._waking = False
         self._gathering = asyncio.Lock()
         self._more = asyncio.Event()
         self._stopping = False
@@ -158,8 +159,10 @@ class Lanes:
         """Start nothing more; `run` ends when the running handlers have ended."""
         self._stopping = True
         self._more.set()
-        while self._idle:
-            self._wake()
+        for waiter in self._idle:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._idle.clear()
 
     def cut(self) -> bool:
         """Cancel the running handlers; True if there were any."""
@@ -329,16 +332,16 @@ class Lanes:
         self._idle.append(waiter)
         try:
             await waiter
-        except asyncio.CancelledError:
-            if waiter in self._idle:
-                self._idle.remove(waiter)
-            raise
+        finally:
+            self._waking = False
 
     def _wake(self) -> None:
-        if self._idle:
+        """Wake one lane, unless one is waking already: it will wake the next when it takes a claim."""
+        while self._idle and not self._waking:
             waiter = self._idle.pop()
             if not waiter.done():
                 waiter.set_result(None)
+                self._waking = True
 
     def _failed(self, lane: Lane, route: Route, error: BaseException) -> None:
         """A call raised: settle what it was for, unless that is not ours to decide. Raises what ends the worker."""

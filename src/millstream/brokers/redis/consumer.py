@@ -21,18 +21,29 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from millstream.brokers.base import Claim, Dead, Done, Kept, Later, Output, Position, Settlement, Start, Subscription
+from millstream.brokers.base import (
+    Claim,
+    Dead,
+    Done,
+    Kept,
+    Later,
+    Output,
+    Position,
+    Record,
+    Settlement,
+    Start,
+    Subscription,
+)
 from millstream.brokers.redis.incarnation import Incarnation, Item
 from millstream.brokers.redis.members import MAX_ITEMS, PREFIX, Place
 from millstream.errors import (
     BrokerDown,
     BrokerError,
     BrokerFull,
-    BrokerRefused,
     GroupVanished,
     LeaseLost,
     NotSupported,
@@ -125,12 +136,9 @@ class RedisConsumer:
             return results
         life = await self._living()
         try:
-            await self._settle(life, settlements, results)
-        except GroupVanished as error:
-            await self._heal(life, error)  # what is pending now was delivered again; for the rest: not ours any more
-            await self._settle(life, settlements, results)
-        except LeaseLost:
-            self._end(life)
+            await self._settle_or_heal(life, settlements, results)
+        except LeaseLost as error:
+            self._complain(error)
         if life.fenced:
             self._end(life)
         return results
@@ -183,7 +191,7 @@ class RedisConsumer:
             return life
         async with self._turn:  # of all calls that find it so, one repairs
             if self._closed:
-                raise BrokerDown("this consumer is closed")
+                raise BrokerError("this consumer is closed")
             if self._life is not None and not self._life.connected:
                 life = self._life
                 try:
@@ -238,17 +246,17 @@ class RedisConsumer:
         try:
             await life.watch()
             await life.recover()
-            claims = [life.surplus.popleft() for _ in range(min(limit, len(life.surplus)))]
-            if len(claims) < limit and life.wait_ms() <= 0:
-                claims += await life.take(limit - len(claims))
-            if len(claims) < limit:
-                block_ms = 0 if claims else int(min(left_s * 1000, max(1, life.wait_ms() + 1)))
-                claims += await life.read(limit - len(claims), block_ms)
-            if life.full and len(claims) < limit:  # a few partitions have more than their share
-                claims += await life.read(limit - len(claims), 0, life.full)
-            life.surplus.extend(claims[limit:])
+            have = len(life.surplus)
+            if have < limit and life.wait_ms() <= 0:
+                await life.take(limit - have)
+            have = len(life.surplus)
+            if have < limit:
+                block_ms = 0 if have else max(0, int(min(left_s * 1000, max(0, life.wait_ms()) + 1)))
+                await life.read(limit - have, block_ms)
+            if life.full and (have := len(life.surplus)) < limit:  # a few partitions have more than their share
+                await life.read(limit - have, 0, life.full)
             await life.trust()
-            return claims[:limit]
+            return [life.surplus.popleft() for _ in range(min(limit, len(life.surplus)))]
         except GroupVanished as error:
             await self._heal(life, error)
         except LeaseLost as error:
@@ -272,60 +280,64 @@ class RedisConsumer:
 
     # Settling.
 
+    async def _settle_or_heal(self, life: Incarnation, settlements: Sequence[Settlement], results: list[bool]) -> None:
+        try:
+            await self._settle(life, settlements, results)
+        except GroupVanished as error:
+            await self._heal(life, error)  # what was pending is delivered again, so it is not ours any more
+            await self._settle(life, settlements, results)
+
     async def _settle(self, life: Incarnation, settlements: Sequence[Settlement], results: list[bool]) -> None:
-        fast: list[tuple[int, Position]] = []
-        free, dead = _plan(), _plan()
-        outputs: list[int] = []
+        plain, staged = [], []
         for index, settlement in enumerate(settlements):
-            position, outcome = settlement.position, settlement.outcome
-            count = life.held[position.partition].get(position.offset)
-            if count is None or results[index]:
-                continue
-            if settlement.outputs:
-                outputs.append(index)
-            elif count > 0 and type(outcome) is Done:
-                fast.append((index, position))
-            else:
-                plan = dead if type(outcome) is Dead else free
-                plan[position.partition].append((index, self._item(life, settlement, count)))
-        await self._acknowledge(life, fast, results)
-        await self._finish(life, free, results)
-        refused = await self._finish(life, dead, results)
-        refused = await self._settle_outputs(life, settlements, outputs, results) or refused
+            if not results[index]:
+                (staged if settlement.outputs else plain).append(index)
+        refused = await self._apply(life, settlements, plain, results)
+        if staged:
+            held = [index for index in staged if life.holds(settlements[index].position)]
+            failed = await self._append([output for index in held for output in settlements[index].outputs])
+            ready = [index for index in held if failed.keys().isdisjoint(o.stream for o in settlements[index].outputs)]
+            refused = await self._apply(life, settlements, ready, results) or refused
+            refused = next(iter(failed.values()), refused)
         if refused is not None:
             raise refused
 
-    async def _settle_outputs(
+    async def _append(self, outputs: Sequence[Output]) -> dict[str, BrokerError]:
+        # Before their outcomes: an output that is stored twice is an accident, one that is missing a loss.
+        streams: dict[str, list[Record]] = defaultdict(list)
+        for output in outputs:
+            streams[output.stream].append(output.record)
+        failed: dict[str, BrokerError] = {}
+        for stream, records in streams.items():
+            try:
+                await self._broker.append(stream, records)
+            except BrokerError as error:
+                failed[stream] = error
+            except PublishError as error:
+                failed[stream] = BrokerDown(f"outputs for {stream!r}: {error}")
+        return failed
+
+    async def _apply(
         self, life: Incarnation, settlements: Sequence[Settlement], indexes: Sequence[int], results: list[bool]
     ) -> BrokerError | None:
-        # Outputs first: one that is stored twice is an accident, one that is missing a loss.
-        streams: dict[str, list[Output]] = defaultdict(list)
-        for index in indexes:
-            for output in settlements[index].outputs:
-                streams[output.stream].append(output)
-        refused: dict[str, BrokerError] = {}
-        for stream, some in streams.items():
-            try:
-                await self._broker.append(stream, [output.record for output in some])
-            except BrokerError as error:
-                refused[stream] = error
-            except PublishError as error:
-                refused[stream] = BrokerDown(f"outputs for {stream!r}: {error}")
-        plan = _plan()
+        # What needs no room comes first. Returns why something was not stored, after all the rest was.
         fast: list[tuple[int, Position]] = []
+        free: _Plan = defaultdict(list)
+        dead: _Plan = defaultdict(list)
         for index in indexes:
             settlement = settlements[index]
-            position = settlement.position
+            position, outcome = settlement.position, settlement.outcome
             count = life.held[position.partition].get(position.offset)
-            if count is None or any(output.stream in refused for output in settlement.outputs):
+            if count is None:
                 continue
-            if count > 0 and type(settlement.outcome) is Done:
+            if count > 0 and type(outcome) is Done:
                 fast.append((index, position))
             else:
-                plan[position.partition].append((index, self._item(life, settlement, count)))
+                plan = dead if type(outcome) is Dead else free
+                plan[position.partition].append((index, self._item(life, settlement, abs(count))))
         await self._acknowledge(life, fast, results)
-        error = await self._finish(life, plan, results)
-        return next(iter(refused.values()), error)
+        await self._finish(life, free, results)
+        return await self._finish(life, dead, results)
 
     async def _acknowledge(self, life: Incarnation, fast: Sequence[tuple[int, Position]], results: list[bool]) -> None:
         if not fast:
@@ -339,58 +351,47 @@ class RedisConsumer:
             life.held[position.partition].pop(position.offset, None)
 
     async def _finish(self, life: Incarnation, plan: _Plan, results: list[bool]) -> BrokerError | None:
-        # Returns why something was not stored, after all the rest was.
         refused: BrokerError | None = None
         for partition, planned in plan.items():
             while planned:
                 some, planned = planned[:MAX_ITEMS], planned[MAX_ITEMS:]
                 answers = await life.finish(partition, [item for _, item in some])
-                again: list[tuple[int, Item]] = []
                 for (index, item), answer in zip(some, answers, strict=True):
                     if answer == b"FULL":
-                        again.append((index, self._postponed(life, item)))
+                        planned.append((index, self._put_off(life, item)))
                     elif answer == b"MORE":
-                        again.append((index, item))
+                        planned.append((index, item))
                     elif isinstance(answer, bytes):
-                        refused = life.writer.failure(Exception(answer.decode()), "dead letter")
+                        refused = life.writer.failure(Exception(answer.decode().lstrip("-")), "dead letter")
                     else:
                         results[index] = answer == 1
                         life.held[partition].pop(item[1], None)
-                        if answer == 1 and item[0] in ("retry", "postpone", "release"):
-                            await self._schedule(life, partition, int(item[3]))
-                planned = again + planned
+                await life.schedule(partition, [item for _, item in some])
         return refused
 
-    async def _schedule(self, life: Incarnation, partition: int, at_ms: int) -> None:
-        life.due_ms[partition] = min(life.due_ms[partition], at_ms)
-        await life.wake(at_ms)
-
     async def _release(self, life: Incarnation, partition: int) -> None:
-        items: list[Item] = [("release", offset, abs(count), 0, b"") for offset, count in life.held[partition].items()]
-        plan = {partition: [(index, item) for index, item in enumerate(items)]}
-        await self._finish(life, plan, [False] * len(items))
-        for claim in [claim for claim in life.surplus if claim.stored.position.partition == partition]:
-            life.surplus.remove(claim)
+        held = [(offset, abs(count)) for offset, count in life.held[partition].items()]
+        items: list[tuple[int, Item]] = [
+            (index, ("release", offset, count, 0, b"")) for index, (offset, count) in enumerate(held)
+        ]
+        await self._finish(life, {partition: items}, [False] * len(items))
+        life.surplus = deque(claim for claim in life.surplus if claim.stored.position.partition != partition)
 
     def _item(self, life: Incarnation, settlement: Settlement, count: int) -> Item:
         offset, outcome = settlement.position.offset, settlement.outcome
         if isinstance(outcome, Later):
             # The delay is what was meant; the two clocks need not agree.
             at_ms = int(life.now_ms + outcome.at_ms - self._clock.now_ms())
-            return "retry" if outcome.counted else "postpone", offset, abs(count), max(0, at_ms), b""
+            return "retry" if outcome.counted else "postpone", offset, count, max(0, at_ms), b""
         if isinstance(outcome, Dead):
             error = outcome.error[:MAX_ERROR_CHARS].encode("utf-8", "backslashreplace")
-            return "dead", offset, abs(count), outcome.reason, error
-        return "done", offset, abs(count), 0, b""
+            return "dead", offset, count, outcome.reason, error
+        return "done", offset, count, 0, b""
 
-    def _postponed(self, life: Incarnation, item: Item) -> Item:
+    def _put_off(self, life: Incarnation, item: Item) -> Item:
         group = self._subscription.group
         self._complain(BrokerFull(f"no room for more dead letters of {group!r}: replay or drop some. Such events wait"))
         return "release", item[1], item[2], int(life.now_ms + DEAD_FULL_S * 1000), b""
-
-
-def _plan() -> _Plan:
-    return defaultdict(list)
 
 
 def _start(start: Start) -> str:

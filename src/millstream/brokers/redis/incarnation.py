@@ -10,7 +10,7 @@ the WATCH, therefore each write ends with the next WATCH and a GET; armed is wha
 is one MULTI per arm. In a model that leaves out the fence's deletion, consumers ack each other's work within seconds.
 
 **Reading** may block, so it has a link of its own: an ack behind a blocked read would wait for it. A GET of the fence
-follows each read; what a fenced consumer still read is not run, it lies under a name without fence, where the sweep finds it.
+follows each read; what a fenced consumer still read is not run: it lies under a name without fence, which the sweep finds.
 A read is never cut: whoever is cancelled while it waits leaves the answer for the next one.
 
 **What was delivered and never seen** (a lost reply) is pending under a living name, and nobody would ever take it away. So
@@ -47,6 +47,7 @@ TRUST = 0.75  # of the lease: what was claimed is handed out while the last beat
 
 _MULTI, _EXEC, _PING = pack("MULTI"), pack("EXEC"), pack("PING")
 _NEVER = float("inf")
+_WAIT = frozenset({"retry", "postpone", "release"})
 
 Item: TypeAlias = tuple[str, str, int, str | int, bytes]
 """A verdict for `settle.lua`: verdict, id, count, and its two details."""
@@ -63,7 +64,7 @@ class Incarnation:
         self.held: list[dict[str, int]] = [{} for _ in place.partitions]
         """Per partition what is held, and its delivery count; negative where a note must be cleared with it."""
         self.surplus: deque[Claim] = deque()
-        """Held, and not handed out yet."""
+        """Held, and not handed out yet: all that is claimed comes here first, so that no error or cancelling loses it."""
         self.due_ms = [_NEVER] * len(place.partitions)
         """When the first waiting entry of each partition is due, in the server's time."""
         self.full: list[int] = []
@@ -76,7 +77,7 @@ class Incarnation:
         self._subscription = subscription
         self._nonce = clock.nonce().encode()
         self._fence = place.fence(name)
-        self._partition_of = {log: partition for partition, log in enumerate(place.logs)}
+        self._partition_of = {at.log: partition for partition, at in enumerate(place.at)}
         self._reader: Link | None = None
         self._writer: Link | None = None
         self._rearm = pack("WATCH", self._fence) + pack("GET", self._fence)
@@ -120,8 +121,8 @@ class Incarnation:
         """Make sure that the group exists on all partitions; True when it had vanished on one. Raises `GroupOwned`."""
         place, owner = self.place, self._subscription.owner
         healed = False
-        for partition in place.partitions:
-            keys = place.logs[partition], place.meta[partition], place.due[partition], place.note[partition]
+        for at in place.at:
+            keys = at.log, at.meta, at.due, at.note
             state, *answer = await self.writer.run(scripts["join"], keys, (place.group, owner, start))
             if state == b"MODE":
                 raise NotSupported(f"group {place.group!r} of {place.stream!r} is consumed in the order of keys")
@@ -146,9 +147,11 @@ class Incarnation:
         """Hand back what is still pending under this name, and forget it; by another life's writer where ours is lost."""
         link = writer or self.writer
         for old in self._reader, self._writer:
-            if old is not None and old is not link:
-                old.close()
-                await link.calls([("CLIENT", "KILL", "ID", old.client_id)])  # else a read might still be served
+            if old is None or old is link:
+                continue
+            old.close()
+            if old.run_id and old.run_id == link.run_id:  # else the number may be another client's
+                await link.calls([("CLIENT", "KILL", "ID", old.client_id)])  # a read might still be served
         score = await self.members.score(link, self.name)
         return await self.members.evict(link, self.name, score, crashed=False)
 
@@ -157,6 +160,10 @@ class Incarnation:
         for link in self._reader, self._writer:
             if link is not None:
                 link.close()
+
+    def holds(self, position: Position) -> bool:
+        """True while it is ours, as far as we know."""
+        return position.offset in self.held[position.partition]
 
     def drop_all(self) -> list[Position]:
         """Forget what is held: somebody else has it, or will."""
@@ -176,7 +183,7 @@ class Incarnation:
     async def beat(self) -> None:
         """Say that we live."""
         sent_at = self._clock.monotonic()
-        keys = self._fence, self.place.live, self.place.tick, *self.place.due
+        keys = self._fence, self.place.live, self.place.tick, *(at.due for at in self.place.at)
         try:
             state, *answer = await self.writer.run(scripts["beat"], keys, (self.name, self._nonce))
         except BrokerError:
@@ -201,10 +208,11 @@ class Incarnation:
             return
         self._watch_at = now + self.members.watch_s
         self.set_free(await self.members.watch(self.writer))
-        due, count = self.place.due, len(self.place.due)
+        count = len(self.due_ms)
         looked = [(self._next_look + step) % count for step in range(min(count, MAX_DUE_LOOKS))]
         self._next_look = (looked[-1] + 1) % count
-        replies = await self.writer.calls([("ZRANGE", due[partition], 0, 0, "WITHSCORES") for partition in looked])
+        first = [("ZRANGE", self.place.at[partition].due, 0, 0, "WITHSCORES") for partition in looked]
+        replies = await self.writer.calls(first)
         for partition, reply in zip(looked, replies, strict=True):
             if isinstance(reply, ReplyError):
                 raise self.writer.failure(reply, "ZRANGE")
@@ -222,33 +230,25 @@ class Incarnation:
 
     # Claiming.
 
-    async def take(self, limit: int) -> list[Claim]:
-        """Claim entries that are due."""
-        claims: list[Claim] = []
+    async def take(self, limit: int) -> None:
+        """Claim up to `limit` entries that are due, into `surplus`."""
         for partition, due_ms in enumerate(self.due_ms):
-            if due_ms > self.now_ms or len(claims) >= limit:
+            if due_ms > self.now_ms or limit <= 0:
                 continue
-            place, count = self.place, min(limit - len(claims), MAX_ITEMS)
-            keys = (
-                place.logs[partition],
-                self._fence,
-                place.due[partition],
-                place.note[partition],
-                place.stats[partition],
-            )
-            rows, first = await self._hand_out("take", partition, keys, (count,))
+            at = self.place.at[partition]
+            keys = at.log, self._fence, at.due, at.note, at.stats
+            taken, first = await self._hand_out("take", partition, keys, (min(limit, MAX_ITEMS),))
+            limit -= taken
             # Nothing yet: the server's clock is a little behind our idea of it, so look again in a moment, not at once.
-            self.due_ms[partition] = max(first, self.now_ms + 1) if not rows else first
-            claims += rows
-        return claims
+            self.due_ms[partition] = first if taken else max(first, self.now_ms + 1)
 
-    async def read(self, limit: int, block_ms: int, partitions: Sequence[int] = ()) -> list[Claim]:
-        """Claim new events, or see the answer of an earlier read that was cancelled. May bring more than `limit`."""
+    async def read(self, limit: int, block_ms: int, partitions: Sequence[int] = ()) -> None:
+        """Claim new events, about `limit`, into `surplus`; or see the answer of an earlier read that was cancelled."""
+        self.full = []
         if self._reading is None:
             command = self._read_command(limit, block_ms, partitions or self._open_partitions())
             if not command:
-                await self._clock.sleep(min(block_ms / 1000, BLOCK_S))
-                return []
+                return await self._clock.sleep(block_ms / 1000)
             self._blocked_until_ms = self.now_ms + block_ms
             self._reading = await self.reader.post(command, 2, block_ms / 1000 + BLOCK_MARGIN_S)
             replies = await self._reading  # cancelled: it stays, and so does its answer
@@ -262,25 +262,20 @@ class Incarnation:
             raise self.reader.failure(_vanished(found), "XREADGROUP")
         if nonce != self._nonce:
             raise self._lost()  # what came with it is not ours: it lies under a name without fence
-        return self._fresh(found) if found else []
-
-    async def wake(self, at_ms: float) -> None:
-        """End a read that would block past this time."""
-        if at_ms < self._blocked_until_ms and self._reader is not None and self._reader.client_id:
-            await self.writer.calls([("CLIENT", "UNBLOCK", self._reader.client_id)])
+        self._claim(found or ())
 
     async def recover(self) -> None:
         """Find what was delivered to us and never seen: into `surplus`. Only while no answer is under way."""
-        if not self._unseen and self._clock.monotonic() < self._recover_at:
+        if self._reading is not None or not (self._unseen or self._clock.monotonic() >= self._recover_at):
             return
         self._unseen, self._recover_at = (
             False,
             0.0,
         )  # a repair may begin meanwhile; and when this fails, it is due again
-        for partition, log in enumerate(self.place.logs):
+        for partition, at in enumerate(self.place.at):
             start = "-"
             while start:
-                page = await self.writer.call("XPENDING", log, self.place.group, start, "+", MAX_ACKS, self.name)
+                page = await self.writer.call("XPENDING", at.log, self.place.group, start, "+", MAX_ACKS, self.name)
                 missing = [id_ for id_, *_ in page if id_.decode() not in self.held[partition]]
                 for begin in range(0, len(missing), MAX_ITEMS):
                     await self._recall(partition, missing[begin : begin + MAX_ITEMS])
@@ -296,7 +291,7 @@ class Incarnation:
         One write, one transaction: costs the server no more than XACK alone.
         """
         commands = [
-            pack("XACK", self.place.logs[partition], self.place.group, *offsets[begin : begin + MAX_ACKS])
+            pack("XACK", self.place.at[partition].log, self.place.group, *offsets[begin : begin + MAX_ACKS])
             for partition, offsets in acks
             for begin in range(0, len(offsets), MAX_ACKS)
         ]
@@ -324,27 +319,27 @@ class Incarnation:
 
     async def finish(self, partition: int, items: Sequence[Item]) -> list[Any]:
         """Up to `MAX_ITEMS` verdicts of any kind; the answer to each as in `settle.lua`."""
-        place = self.place
-        keys = (
-            place.logs[partition],
-            self._fence,
-            place.due[partition],
-            place.note[partition],
-            place.dead[partition],
-            place.stats[partition],
-        )
+        at = self.place.at[partition]
+        keys = at.log, self._fence, at.due, at.note, at.dead, at.stats
         words = [word for item in items for word in item]
-        args = (place.group, self.name, self._nonce, partition, MAX_DEAD, *words)
+        args = (self.place.group, self.name, self._nonce, partition, MAX_DEAD, *words)
         state, *results = await self.writer.run(scripts["settle"], keys, args)
         if state == b"FENCED":
             raise self._lost()
         if state == b"TYPE":
             raise BrokerRefused(f"the key {results[0].decode()!r} holds something that is not Millstream's")
-        return results
+        return list(results)
+
+    async def schedule(self, partition: int, items: Sequence[Item]) -> None:
+        """Remember when these are due, and end a read that would block longer."""
+        at_ms = min((int(at) for verdict, _, _, at, _ in items if verdict in _WAIT), default=_NEVER)
+        self.due_ms[partition] = min(self.due_ms[partition], at_ms)
+        if at_ms < self._blocked_until_ms:
+            await self.writer.calls([("CLIENT", "UNBLOCK", self.reader.client_id)])
 
     async def mark(self, partition: int, offsets: Sequence[str]) -> None:
         """Note that the handlers of these suspects start now."""
-        keys = self.place.note[partition], self._fence
+        keys = self.place.at[partition].note, self._fence
         for begin in range(0, len(offsets), MAX_ACKS):
             if await self.writer.run(scripts["mark"], keys, (self._nonce, *offsets[begin : begin + MAX_ACKS])) != b"OK":
                 raise self._lost()
@@ -406,7 +401,7 @@ class Incarnation:
 
     async def _acknowledge_by_script(self, acks: Sequence[tuple[int, Sequence[str]]]) -> None:
         for partition, offsets in acks:
-            keys = self.place.logs[partition], self._fence
+            keys = self.place.at[partition].log, self._fence
             for begin in range(0, len(offsets), MAX_ACKS):
                 ids = offsets[begin : begin + MAX_ACKS]
                 state, *done = await self.writer.run(scripts["ack"], keys, (self.place.group, self._nonce, *ids))
@@ -422,14 +417,12 @@ class Incarnation:
             return b""
         self._asked = max(1, min(limit, MAX_REPLY_BYTES // self._largest_bytes) // len(partitions))
         block = ("BLOCK", block_ms) if block_ms > 0 else ()
-        logs = [self.place.logs[partition] for partition in partitions]
+        logs = [self.place.at[partition].log for partition in partitions]
         head = ("XREADGROUP", "GROUP", self.place.group, self.name, "COUNT", self._asked, *block, "STREAMS")
         return pack(*head, *logs, *[">"] * len(logs)) + pack("GET", self._fence)
 
-    def _fresh(self, found: Sequence[Any]) -> list[Claim]:
-        claims: list[Claim] = []
-        self.full = []
-        add, read, largest = claims.append, entry.read, self._largest_bytes
+    def _claim(self, found: Sequence[Any]) -> None:
+        add, read, largest = self.surplus.append, entry.read, self._largest_bytes
         for log, entries in found:
             partition = self._partition_of[log]
             held = self.held[partition]
@@ -449,18 +442,15 @@ class Incarnation:
                     largest = len(record.data)
                 add(Claim(Stored(Position(partition, offset), record), 1))
         self._largest_bytes = largest
-        return claims
 
     async def _recall(self, partition: int, ids: Sequence[bytes]) -> None:
-        place = self.place
-        keys = place.logs[partition], self._fence, place.note[partition], place.stats[partition]
-        claims, _ = await self._hand_out("recall", partition, keys, ids)
-        self.surplus += claims
+        at = self.place.at[partition]
+        await self._hand_out("recall", partition, (at.log, self._fence, at.note, at.stats), ids)
 
     async def _hand_out(
         self, script: str, partition: int, keys: Sequence[bytes], args: Sequence[Any]
-    ) -> tuple[list[Claim], float]:
-        # What a script handed out, and when the next one is due.
+    ) -> tuple[int, float]:
+        # How many entries a script handed out, and when the next one is due.
         unseen, self._unseen = self._unseen, True  # until the answer is here, it counts as lost
         args = (self.place.group, self.name, self._nonce, *args)
         state, *answer = await self.writer.run(scripts[script], keys, args)
@@ -468,24 +458,25 @@ class Incarnation:
         if state != b"OK":
             raise self._lost()
         first, _, *rows = answer
-        claims = [claim for row in rows if (claim := self._again(partition, *row)) is not None]
-        return claims, float(first) if first else _NEVER
+        for row in rows:
+            self._claim_again(partition, *row)
+        return len(rows), float(first) if first else _NEVER
 
-    def _again(
+    def _claim_again(
         self, partition: int, id_: bytes, count: int, note: bytes, postponed: bytes, fields: Sequence[bytes]
-    ) -> Claim | None:
-        # A claim of what was delivered before.
+    ) -> None:
         offset, held = id_.decode(), self.held[partition]
         if offset in held:
-            return None
+            return
         noted = bool(note) or postponed != b"0"
         held[offset] = -count if noted else count
         suspect = int(note.rstrip(b"s")) + 1 if note else 0
         try:
             record = entry.read(fields, partition=partition, offset=offset, stored_ms=int(id_.split(b"-")[0]))
         except WireError as error:
-            return _fault(partition, offset, fields, count, str(error), suspect)
-        return Claim(Stored(Position(partition, offset), record), count, suspect, int(postponed))
+            self.surplus.append(_fault(partition, offset, fields, count, str(error), suspect))
+        else:
+            self.surplus.append(Claim(Stored(Position(partition, offset), record), count, suspect, int(postponed)))
 
 
 def _fault(partition: int, offset: str, fields: Sequence[bytes], count: int, why: str, suspect: int = 0) -> Claim:

@@ -13,6 +13,7 @@ repeated by anybody. The sweep looks for what fell through: names without a fenc
 from __future__ import annotations
 
 from collections import deque
+from typing import NamedTuple
 
 from millstream.brokers.base import Subscription
 from millstream.brokers.redis.keys import Keys
@@ -31,6 +32,17 @@ SWEEP_S = 5.0  # how long a lost due time, or an entry of a name without fence, 
 CLAIM_AFTER_S = 60.0  # a foreign client beats for nobody; idle for so long, it is taken for dead
 
 
+class Spot(NamedTuple):
+    """The keys of a group in one partition."""
+
+    log: bytes
+    due: bytes
+    note: bytes
+    dead: bytes
+    stats: bytes
+    meta: bytes
+
+
 class Place:
     """Where a group consumes: the keys of its unit, and of each partition."""
 
@@ -39,12 +51,17 @@ class Place:
         self.group = group
         self.stream = subscription.stream.name
         self.partitions = range(subscription.stream.partitions)
-        self.logs = [keys.log(partition) for partition in self.partitions]
-        self.due = [keys.due(partition, group) for partition in self.partitions]
-        self.note = [keys.note(partition, group) for partition in self.partitions]
-        self.dead = [keys.dead(partition, group) for partition in self.partitions]
-        self.stats = [keys.stats(partition, group) for partition in self.partitions]
-        self.meta = [keys.meta(partition) for partition in self.partitions]
+        self.at = [
+            Spot(
+                keys.log(p),
+                keys.due(p, group),
+                keys.note(p, group),
+                keys.dead(p, group),
+                keys.stats(p, group),
+                keys.meta(p),
+            )
+            for p in self.partitions
+        ]
         self.live, self.tick = keys.live(group), keys.tick(group)
         self._keys = keys
 
@@ -94,15 +111,8 @@ class Members:
         """Take over all that a consumer holds, unless it has beaten since it was seen with this score."""
         place, fence = self._place, self._place.fence(name)
         free: set[int] = set()
-        for partition in place.partitions:
-            keys = (
-                place.logs[partition],
-                fence,
-                place.live,
-                place.due[partition],
-                place.note[partition],
-                place.stats[partition],
-            )
+        for partition, at in enumerate(place.at):
+            keys = at.log, fence, place.live, at.due, at.note, at.stats
             lone = len(place.partitions) == 1
             state = b"more"
             while state == b"more":
@@ -131,12 +141,12 @@ class Members:
             for name in names:
                 seen.setdefault(name, []).append(partition)
         ours = [name.decode() for name in seen if name.startswith(PREFIX.encode())]
-        for name in await self._without_fence(link, ours):
-            score = await self.score(link, name)
-            free |= await self.evict(link, name, score, crashed=bool(score))
-        for name_, partitions in seen.items():
-            if not name_.startswith(PREFIX.encode()):
-                free |= await self._adopt(link, name_, partitions)
+        for without_fence in await self._without_fence(link, ours):
+            score = await self.score(link, without_fence)
+            free |= await self.evict(link, without_fence, score, crashed=bool(score))
+        for name, partitions in seen.items():
+            if not name.startswith(PREFIX.encode()):
+                free |= await self._adopt(link, name, partitions)
         return free
 
     def _silent_since(self, now: float) -> int:
@@ -159,7 +169,8 @@ class Members:
     async def _sweep(self, link: Link, partition: int, free: set[int]) -> list[bytes] | None:
         # The consumers of a partition; None when somebody else has swept it just now.
         place = self._place
-        keys = place.logs[partition], place.meta[partition], place.due[partition]
+        at = place.at[partition]
+        keys = at.log, at.meta, at.due
         often_ms = int(self.sweep_s * 800)  # a little less than our own period, or two processes would skip in turns
         cursor = b"-"
         names: list[bytes] = []
@@ -182,7 +193,7 @@ class Members:
         place, idle_ms = self._place, int(self.claim_after_s * 1000)
         free = set()
         for partition in partitions:
-            keys = place.logs[partition], place.due[partition]
+            keys = place.at[partition].log, place.at[partition].due
             if await link.run(scripts["adopt"], keys, (place.group, name, idle_ms, MAX_ITEMS)):
                 free.add(partition)
         return free

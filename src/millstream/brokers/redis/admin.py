@@ -1,0 +1,274 @@
+"""What people and monitoring look through on a Redis server. Reads only, but for `replay`, `drop` and `adopt`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from millstream.brokers.base import DeadLetter, GroupInfo, PendingInfo, Position, Record, Stored, StreamInfo
+from millstream.brokers.redis.keys import Keys
+from millstream.brokers.redis.link import Link, ReplyError
+from millstream.brokers.redis.members import WAITING
+from millstream.brokers.redis.scripts import scripts
+from millstream.errors import BadStream, BrokerRefused, WireError
+from millstream.wire import entry
+
+if TYPE_CHECKING:
+    from millstream.brokers.redis.broker import RedisBroker
+
+MAX_COUNTED = 10_000  # events that are counted one by one where the server lost count
+_PAGE = 1_000
+_OURS = ("reason", "error", "attempts", "position", "group", "died")  # of a dead letter, before the entry's own fields
+
+Fields = dict[str, Any]
+
+
+class RedisAdmin:
+    """See `brokers.base.Admin`."""
+
+    def __init__(self, broker: RedisBroker) -> None:
+        self._broker = broker
+
+    async def streams(self) -> list[StreamInfo]:
+        """All declared streams, by name."""
+        link = await self._broker.control()
+        names = await link.call("SMEMBERS", Keys(self._broker.target.namespace, "", 1).streams)
+        return [await self._stream(link, name.decode()) for name in sorted(names)]
+
+    async def groups(self, stream: str) -> list[GroupInfo]:
+        """All groups of a stream, by name: those of other clients too, their owner is empty."""
+        keys = await self._keys(stream)
+        if keys is None:
+            return []
+        link = await self._broker.control()
+        replies = await link.calls([("XINFO", "GROUPS", log) for log in keys.logs])
+        parts: dict[str, dict[int, Fields]] = {}
+        for partition, reply in enumerate(replies):
+            for info in _answer(link, reply, ()):
+                fields = _named(info)
+                parts.setdefault(fields["name"].decode(), {})[partition] = fields
+        return [await self._group(link, keys, stream, group, parts[group]) for group in sorted(parts)]
+
+    async def pending(self, stream: str, group: str, limit: int) -> list[PendingInfo]:
+        """The oldest pending events of each partition."""
+        keys = await self._keys(stream)
+        if keys is None:
+            return []
+        link = await self._broker.control()
+        replies = await link.calls([("XPENDING", log, group, "-", "+", limit) for log in keys.logs])
+        found: list[PendingInfo] = []
+        for partition, reply in enumerate(replies):
+            rows = _answer(link, reply, ())
+            waiting = [id_ for id_, consumer, _, _ in rows if consumer == WAITING]
+            due = await link.call("ZMSCORE", keys.due(partition, group), *waiting) if waiting else []
+            due_ms = dict(zip(waiting, due, strict=True))
+            for id_, consumer, _, count in rows:
+                name = "" if consumer == WAITING else consumer.decode()
+                when = int(float(due_ms.get(id_) or 0)) if not name else None
+                found.append(PendingInfo(Position(partition, id_.decode()), name, count, when))
+        return found
+
+    async def dead(self, stream: str, group: str, after: str = "", limit: int = 100) -> list[DeadLetter]:
+        """Dead letters by partition, oldest first, behind the reference `after`."""
+        keys = await self._keys(stream)
+        if keys is None:
+            return []
+        link = await self._broker.control()
+        begin = Position.parse(after) if after else None
+        letters: list[DeadLetter] = []
+        for partition in range(begin.partition if begin else 0, len(keys.logs)):
+            start = f"({begin.offset}" if begin and begin.partition == partition else "-"
+            count = limit - len(letters)
+            if count <= 0:
+                break
+            found = await link.call("XRANGE", keys.dead(partition, group), start, "+", "COUNT", count)
+            letters += [_letter(stream, group, partition, id_.decode(), fields) for id_, fields in found]
+        return letters
+
+    async def replay(self, letters: Sequence[DeadLetter]) -> list[bool]:
+        """Give dead letters back to their own group, attempts counted anew; False where the letter or its event is gone."""
+        link = await self._broker.control()
+        done: list[bool] = []
+        for letter, keys, ref in await self._found(letters):
+            at, group = letter.stored.position, letter.group
+            if keys is None or ref.partition != at.partition:
+                done.append(False)
+                continue
+            p = at.partition
+            where = keys.log(p), keys.due(p, group), keys.dead(p, group), keys.stats(p, group), keys.note(p, group)
+            done.append(await link.run(scripts["replay"], where, (group, ref.offset, at.offset)) == 1)
+        return done
+
+    async def drop(self, letters: Sequence[DeadLetter]) -> list[bool]:
+        """Discard dead letters for ever; False where the letter is gone."""
+        link = await self._broker.control()
+        done: list[bool] = []
+        for letter, keys, ref in await self._found(letters):
+            if keys is None:
+                done.append(False)
+                continue
+            where = keys.dead(ref.partition, letter.group), keys.stats(ref.partition, letter.group)
+            done.append(await link.run(scripts["drop"], where, (ref.offset,)) == 1)
+        return done
+
+    async def adopt(self, stream: str, group: str, owner: str) -> None:
+        """Make another app the owner of a group; it keeps its place. Members of the former owner stay until they leave."""
+        keys = await self._keys(stream)
+        if keys is None or group not in {info.group for info in await self.groups(stream)}:
+            raise BrokerRefused(f"stream {stream!r} on {self._broker.url} has no group {group!r}")
+        link = await self._broker.control()
+        for partition in range(len(keys.logs)):
+            await link.call("HSET", keys.meta(partition), f"owner:{group}", owner)
+
+    async def _keys(self, stream: str) -> Keys | None:
+        try:
+            await self._broker.spec(stream)
+        except BadStream:
+            return None
+        return self._broker.keys(stream)
+
+    async def _stream(self, link: Link, stream: str) -> StreamInfo:
+        spec = await self._broker.spec(stream)
+        logs = self._broker.keys(stream).logs
+        replies = await link.calls([("XINFO", "STREAM", log) for log in logs])
+        infos = [_named(info) for reply in replies if (info := _answer(link, reply, None)) is not None]
+        sizes = [_answer(link, reply, None) for reply in await link.calls([("MEMORY", "USAGE", log) for log in logs])]
+        first = [_ms(info["first-entry"][0]) for info in infos if info.get("first-entry")]
+        last = [_ms(info["last-entry"][0]) for info in infos if info.get("last-entry")]
+        return StreamInfo(
+            spec,
+            events=sum(info["length"] for info in infos),
+            added=_sum(info.get("entries-added") for info in infos),
+            bytes=sum(size or 0 for size in sizes),
+            first_ms=min(first, default=None),
+            last_ms=max(last, default=None),
+        )
+
+    async def _group(self, link: Link, keys: Keys, stream: str, group: str, parts: Mapping[int, Fields]) -> GroupInfo:
+        names = ("retried", "replayed", "dropped", "lost")
+        scheduled = dead = 0
+        owner = b""
+        counts = dict.fromkeys(names, 0)
+        lags: list[int | None] = []
+        done: list[int | None] = []
+        for partition, fields in parts.items():
+            replies = await link.calls(
+                [
+                    ("ZCARD", keys.due(partition, group)),
+                    ("XLEN", keys.dead(partition, group)),
+                    ("HMGET", keys.stats(partition, group), *names),
+                    ("HMGET", keys.meta(partition), f"owner:{group}", f"start:{group}"),
+                ]
+            )
+            waiting, letters, found, (owns, start) = (_answer(link, reply, None) for reply in replies)
+            stats = dict(zip(names, (int(value or 0) for value in found), strict=True))
+            counts = {name: counts[name] + stats[name] for name in names}
+            scheduled, dead, owner = scheduled + waiting, dead + letters, owns or owner
+            lags.append(await self._lag(link, keys.log(partition), fields))
+            done.append(_done(fields, start, letters + stats["dropped"] + stats["lost"]))
+        pending = sum(fields["pending"] for fields in parts.values())
+        return GroupInfo(
+            stream,
+            group,
+            owner.decode(),
+            await self._consumers(link, keys, group),
+            _sum(lags),
+            pending,
+            scheduled,
+            dead,
+            _sum(done),
+            counts["retried"],
+            counts["replayed"],
+            counts["dropped"],
+        )
+
+    async def _lag(self, link: Link, log: bytes, fields: Fields) -> int | None:
+        if "lag" not in fields or fields["lag"] is not None:
+            return fields.get("lag")
+        start, counted = b"(" + fields["last-delivered-id"], 0
+        while counted < MAX_COUNTED:
+            page = await link.call("XRANGE", log, start, "+", "COUNT", _PAGE)
+            counted += len(page)
+            if len(page) < _PAGE:
+                return counted
+            start = b"(" + page[-1][0]
+        return None
+
+    async def _consumers(self, link: Link, keys: Keys, group: str) -> int:
+        # A beat is a tick, not a time, so one look cannot tell a silent member. But as long as anybody lives, the silent
+        # are thrown out; and when nobody does, nobody has touched the counter for a lease.
+        members, idle_s = await link.calls([("ZCARD", keys.live(group)), ("OBJECT", "IDLETIME", keys.tick(group))])
+        lease_s = self._broker.settings.lease_s
+        silent = isinstance(idle_s, int) and idle_s > lease_s
+        return 0 if silent else int(_answer(link, members, 0))
+
+    async def _found(self, letters: Sequence[DeadLetter]) -> list[tuple[DeadLetter, Keys | None, Position]]:
+        return [(letter, await self._keys(letter.stream), Position.parse(letter.ref)) for letter in letters]
+
+
+def _done(fields: Fields, start: bytes | None, given_up: int) -> int | None:
+    # Read since the group's birth, and neither pending nor given up. None where the server lost count.
+    at, _, ordinal = (start or b"0-0 0").partition(b" ")
+    if not ordinal:
+        return None
+    read = fields.get("entries-read")
+    if read is None:
+        if fields["last-delivered-id"] != at or "entries-read" not in fields:
+            return None
+        read = int(ordinal)
+    return max(0, int(read - int(ordinal) - fields["pending"] - given_up))
+
+
+def _letter(stream: str, group: str, partition: int, id_: str, fields: Sequence[bytes]) -> DeadLetter:
+    ours = dict(zip((name.decode(errors="replace") for name in fields[0:12:2]), fields[1:12:2], strict=False))
+    if tuple(ours) != _OURS:  # somebody else put it here
+        ours, fields = {}, [b""] * 12 + list(fields)
+    text = {name: value.decode(errors="replace") for name, value in ours.items()}
+    try:
+        position = Position.parse(text.get("position", ""))
+    except ValueError:
+        position = Position(partition, id_)
+    return DeadLetter(
+        stream,
+        group,
+        Stored(position, _record(position, fields[12:])),
+        text.get("reason", "unknown"),
+        text.get("error", ""),
+        int(text.get("attempts", 0)),
+        int(text.get("died", _ms(id_.encode()))),
+        f"{partition}@{id_}",
+    )
+
+
+def _record(position: Position, fields: Sequence[bytes]) -> Record:
+    stored_ms = _ms(position.offset.encode())
+    try:
+        return entry.read(fields, partition=position.partition, offset=position.offset, stored_ms=stored_ms)
+    except WireError:
+        return Record(position.partition, str(position), "", entry.preview(fields).encode())
+
+
+def _answer(link: Link, reply: Any, missing: Any) -> Any:
+    # The reply, or `missing` where there is no such key or group; any other error is raised.
+    if not isinstance(reply, ReplyError):
+        return reply
+    if str(reply).startswith(("ERR no such key", "NOGROUP")):
+        return missing
+    raise link.failure(reply, "admin")
+
+
+def _named(pairs: Sequence[Any]) -> Fields:
+    return {name.decode(): value for name, value in zip(pairs[::2], pairs[1::2], strict=True)}
+
+
+def _sum(values: Iterable[int | None]) -> int | None:
+    total = 0
+    for value in values:
+        if value is None:
+            return None
+        total += value
+    return total
+
+
+def _ms(id_: bytes) -> int:
+    return int(id_.split(b"-")[0])
