@@ -656,7 +656,7 @@ async def test_waiting_ends_with_an_event_or_in_time(server: RedisServer) -> Non
     async with opened(server.url, ORDERS) as broker:
         after = await broker.locate("orders", "now")
         waiting = asyncio.ensure_future(broker.wait("orders", after, 30))
-        await until(lambda: b"name=wait" in run_in(server, "CLIENT", "LIST"))
+        await until(lambda: b"name=millstream-wait" in run_in(server, "CLIENT", "LIST"))
         await until(lambda: b"cmd=xread" in run_in(server, "CLIENT", "LIST"))
         (position,) = await broker.append("orders", [Record(3, "1", "order.placed", b"{}")])
         await waiting
@@ -665,7 +665,7 @@ async def test_waiting_ends_with_an_event_or_in_time(server: RedisServer) -> Non
         await broker.wait("orders", {**after, 3: position}, 0.2)
         assert 0.15 < clock.monotonic() - begun < 5
         await broker.wait("orders", after, 0)
-        assert run_in(server, "CLIENT", "LIST").count(b"name=wait") == 1, "one connection, used again"
+        assert run_in(server, "CLIENT", "LIST").count(b"name=millstream-wait") == 1, "one connection, used again"
 
 
 async def test_a_cancelled_wait_gives_its_connection_up(server: RedisServer) -> None:
@@ -674,7 +674,7 @@ async def test_a_cancelled_wait_gives_its_connection_up(server: RedisServer) -> 
         await until(lambda: run_in(server, "CLIENT", "LIST").count(b"cmd=xread") == 3)
         for wait in waiting[:2]:
             wait.cancel()
-        await until(lambda: run_in(server, "CLIENT", "LIST").count(b"name=wait") == 1)
+        await until(lambda: run_in(server, "CLIENT", "LIST").count(b"name=millstream-wait") == 1)
         await broker.append("alerts", records(1))
         await waiting[2]
         assert broker._waiting == 0
@@ -686,7 +686,7 @@ async def test_with_all_connections_waiting_a_reader_looks_now_and_then(
     monkeypatch.setattr(module, "MAX_WAITING", 0)
     async with opened(server.url, ALERTS) as broker:
         await broker.wait("alerts", {0: None}, 30)
-        assert b"name=wait" not in run_in(server, "CLIENT", "LIST")
+        assert b"name=millstream-wait" not in run_in(server, "CLIENT", "LIST")
 
 
 async def test_a_server_that_ends_wakes_who_waits() -> None:

@@ -134,26 +134,11 @@ class RedisBroker:
 
     async def spec(self, stream: str) -> StreamSpec:
         """How a stream was declared, here or by somebody else. Raises `BadStream` when nobody has."""
-        return (await self._known(stream)).spec
+        return (await self._known(stream, await self.control())).spec
 
     async def declare(self, stream: StreamSpec) -> None:
         """Create the stream, or compare it with what is recorded. Needs no room on the server when it is recorded."""
-        link, keys = await self.control(), self._keys_of(stream)
-        recorded = await self._recorded(link, stream.name) or await self._record(link, stream)
-        if recorded != stream:
-            raise StreamMismatch(
-                f"stream {stream.name!r} on {self.url} is declared as {_declaration(recorded)}, here as "
-                f"{_declaration(stream)}. Events already lie where the first declaration put them: declare it like that, "
-                "or use another name"
-            )
-        replies = await link.calls([("TYPE", log) for log in keys.logs])
-        for log, kind in zip(keys.logs, replies, strict=True):
-            if not isinstance(kind, ReplyError) and kind not in (b"stream", b"none"):
-                raise BrokerRefused(
-                    f"stream {stream.name!r}: the key {log.decode()!r} on {self.url} holds a {kind.decode()} already; use "
-                    "another name, or a namespace"
-                )
-        self._streams[stream.name] = _Known(stream, keys, mine=True)
+        await self._declare(stream, await self.control())
 
     async def append(self, stream: str, records: Sequence[Record], confirm: Confirm = "memory") -> list[Position]:
         """Store records, each chunk of up to 1,000 of them wholly or not at all, in their order.
@@ -163,7 +148,7 @@ class RedisBroker:
         if confirm != "memory":
             raise NotSupported(f"{self.url} cannot confirm {confirm!r} yet, only 'memory'")
         link = await self._publish.get()  # first: another server may not know the stream
-        known = await self._known(stream)
+        known = await self._known(stream, link)
         _check_records(known, records)
         results: list[Result] = []
         trouble: BrokerError | None = None
@@ -181,7 +166,7 @@ class RedisBroker:
         if limit < 1:
             return []
         link = await self._read.get()
-        known = await self._known(stream)
+        known = await self._known(stream, link)
         start = "-" if after is None else f"({after.offset}"
         count = max(1, min(limit, MAX_PAGE_BYTES // known.largest_bytes))
         found = await link.call("XRANGE", known.log(partition), start, "+", "COUNT", count)
@@ -193,7 +178,7 @@ class RedisBroker:
     async def locate(self, stream: str, start: Start) -> Mapping[int, Position | None]:
         """For each partition, the position behind which `read` begins: None for the beginning."""
         link = await self._read.get()
-        known = await self._known(stream)
+        known = await self._known(stream, link)
         partitions = range(known.spec.partitions)
         if start == "now":
             replies = await link.calls([("XINFO", "STREAM", log) for log in known.keys.logs])
@@ -204,7 +189,7 @@ class RedisBroker:
 
     async def wait(self, stream: str, after: Mapping[int, Position | None], wait_s: float) -> None:
         """Return when there may be an event behind one of these positions, or the time is up."""
-        known = await self._known(stream)
+        known = await self._known(stream, await self.control())
         if self._waiting >= MAX_WAITING or not after:
             return await self.clock.sleep(min(wait_s, POLL_S))
         logs = [known.log(partition) for partition in after]
@@ -212,7 +197,7 @@ class RedisBroker:
         self._waiting += 1
         link = None
         try:
-            link = self._idle.pop() if self._idle else await self.connect("wait")
+            link = self._idle_link() or await self.connect("millstream-wait")
             await self._wait(link, [*logs, *offsets], wait_s)
         except BaseException:  # cancelled too: the server is still waiting on this connection
             if link is not None:
@@ -236,14 +221,33 @@ class RedisBroker:
     def _keys_of(self, stream: StreamSpec) -> Keys:
         return Keys(self.target.namespace, check_name("stream", stream.name), stream.partitions)
 
-    async def _known(self, stream: str) -> _Known:
+    async def _declare(self, stream: StreamSpec, link: Link) -> _Known:
+        keys = self._keys_of(stream)
+        recorded = await self._recorded(link, stream.name) or await self._record(link, stream)
+        if recorded != stream:
+            raise StreamMismatch(
+                f"stream {stream.name!r} on {self.url} is declared as {_declaration(recorded)}, here as "
+                f"{_declaration(stream)}. Events already lie where the first declaration put them: declare it like that, "
+                "or use another name"
+            )
+        replies = await link.calls([("TYPE", log) for log in keys.logs])
+        for log, kind in zip(keys.logs, replies, strict=True):
+            if not isinstance(kind, ReplyError) and kind not in (b"stream", b"none"):
+                raise BrokerRefused(
+                    f"stream {stream.name!r}: the key {log.decode()!r} on {self.url} holds a {kind.decode()} already; use "
+                    "another name, or a namespace"
+                )
+        self._streams[stream.name] = known = _Known(stream, keys, mine=True)
+        return known
+
+    async def _known(self, stream: str, link: Link) -> _Known:
+        # Asked on the link that will be used: during a failover two links may end at two servers.
         known = self._streams.get(stream)
         if known is not None and known.sure:
             return known
         if known is not None and known.mine:
-            await self.declare(known.spec)
-            return self._streams[stream]
-        recorded = await self._recorded(await self.control(), check_name("stream", stream))
+            return await self._declare(known.spec, link)
+        recorded = await self._recorded(link, check_name("stream", stream))
         if recorded is None:
             self._streams.pop(stream, None)
             raise BadStream(f"stream {stream!r} is not declared on {self.url}: no app that uses it has run there")
@@ -290,6 +294,12 @@ class RedisBroker:
             command = ("XREAD", "COUNT", 1, "BLOCK", max(1, int(block_s * 1000)), "STREAMS", *streams)
             if await link.call(*command, deadline_s=block_s + BLOCK_MARGIN_S):
                 return
+
+    def _idle_link(self) -> Link | None:
+        while self._idle:
+            if not (link := self._idle.pop()).closed:
+                return link
+        return None
 
     def _give_back(self, link: Link) -> None:
         if not link.closed and len(self._idle) < MAX_IDLE:

@@ -295,7 +295,9 @@ class Link(asyncio.Protocol):
         except hiredis.ProtocolError as error:
             return self._end(BrokerDown(f"{self.target.where} does not speak Redis's protocol ({error})"))
         self._room.set()
-        if self._complaint.startswith("READONLY"):  # demoted: whatever we do here is not on the new master
+        if (
+            self._complaint and _code(self._complaint) == "READONLY"
+        ):  # demoted: whatever we do here is not on the new master
             self._end(self.failure(ReplyError(self._complaint), "write"))
 
     def pause_writing(self) -> None:
@@ -388,12 +390,15 @@ _IN_SCRIPT = re.compile(r"^ERR .*@user_script: ?\d+: ?-?([A-Z]+) ")
 def broker_error(reply: Exception, doing: str) -> BrokerError:
     """The error that an error answer means. The one place that knows Redis's error codes."""
     text = str(reply)
-    inside = _IN_SCRIPT.match(text)
-    code = inside[1] if inside else text.partition(" ")[0]
     if text.startswith("ERR max number of clients"):
         return BrokerDown(f"{doing}: the server has no room for another client; raise its maxclients ({text})")
-    kind, meaning = _MEANING.get(code, (BrokerRefused, "the server refuses this"))
+    kind, meaning = _MEANING.get(_code(text), (BrokerRefused, "the server refuses this"))
     return kind(f"{doing}: {meaning} ({text})")
+
+
+def _code(text: str) -> str:
+    inside = _IN_SCRIPT.match(text)
+    return inside[1] if inside else text.partition(" ")[0]
 
 
 def _printable(name: str) -> str:
