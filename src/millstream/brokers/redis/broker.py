@@ -171,8 +171,8 @@ class RedisBroker:
         count = max(1, min(limit, MAX_PAGE_BYTES // known.largest_bytes))
         found = await link.call("XRANGE", known.log(partition), start, "+", "COUNT", count)
         if found:
-            page_bytes = max(sum(map(len, fields)) for _, fields in found)
-            known.largest_bytes = max(page_bytes, known.largest_bytes // 2, 1)
+            largest_bytes = max(sum(map(len, fields)) for _, fields in found)
+            known.largest_bytes = max(largest_bytes, known.largest_bytes // 2, 1)
         return [_stored(partition, offset.decode(), fields) for offset, fields in found]
 
     async def locate(self, stream: str, start: Start) -> Mapping[int, Position | None]:

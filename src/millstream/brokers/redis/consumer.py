@@ -288,7 +288,8 @@ class RedisConsumer:
             await self._settle(life, settlements, results)
 
     async def _settle(self, life: Incarnation, settlements: Sequence[Settlement], results: list[bool]) -> None:
-        plain, staged = [], []
+        plain: list[int] = []
+        staged: list[int] = []
         for index, settlement in enumerate(settlements):
             if not results[index]:
                 (staged if settlement.outputs else plain).append(index)

@@ -251,11 +251,9 @@ class Incarnation:
                 return await self._clock.sleep(block_ms / 1000)
             self._blocked_until_ms = self.now_ms + block_ms
             self._reading = await self.reader.post(command, 2, block_ms / 1000 + BLOCK_MARGIN_S)
-            replies = await self._reading  # cancelled: it stays, and so does its answer
+            replies = await self._answer(self._reading, block_ms)  # cancelled: it stays, and so does its answer
         else:
-            if len(self._reading.got) < self._reading.wanted:
-                await self.reader.send(_PING, 1, BLOCK_S + BLOCK_MARGIN_S)  # answered behind it
-            replies = self._reading.got
+            replies = await self._cut(self._reading)
         self._reading, self._blocked_until_ms = None, 0.0
         found, nonce = replies
         if isinstance(found, ReplyError):
@@ -408,6 +406,23 @@ class Incarnation:
                 if state != b"OK":
                     raise self._lost()
                 self.settle_missing += len(ids) - done[0]
+
+    async def _answer(self, reading: Answers, block_ms: int) -> list[Any]:
+        # The server ends blocked reads every 100 ms only, so what falls due meanwhile would be late: we end them.
+        if block_ms <= 0:
+            return await reading
+        try:
+            async with self._clock.timeout(block_ms / 1000):
+                return await reading
+        except TimeoutError:
+            return await self._cut(reading)
+
+    async def _cut(self, reading: Answers) -> list[Any]:
+        # The answer of a read whose awaiter is gone. It may be empty; it is never lost.
+        if len(reading.got) < reading.wanted:
+            await self.writer.calls([("CLIENT", "UNBLOCK", self.reader.client_id)])
+            await self.reader.send(_PING, 1, BLOCK_S + BLOCK_MARGIN_S)  # is answered behind it
+        return reading.got
 
     def _open_partitions(self) -> Sequence[int]:
         return [partition for partition, waiting in enumerate(self._waiting) if waiting < MAX_WAITING]

@@ -9,6 +9,7 @@ plain `open()` would, on closing, drop the locks that another connection of this
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 from contextlib import closing
@@ -98,9 +99,10 @@ class File:
         try:
             return Turnstile(f"{self.path}-turn")
         except OSError as error:
-            full = self._is_full()
-            raise (BrokerFull if full else BrokerRefused)(
-                f"{self.path}: cannot write beside it ({error.strerror}): {'make room' if full else 'check permissions'}"
+            if error.errno == errno.ENOSPC:
+                raise BrokerFull(f"{self.path}: the disk is full, make room") from error
+            raise BrokerRefused(
+                f"{self.path}: cannot write beside it ({error.strerror}): check path and permissions"
             ) from error
 
     def connect(self, *, reader: bool = False) -> sqlite3.Connection:
@@ -156,10 +158,10 @@ class File:
         return BrokerRefused(f"{self.path}: {error}")
 
     def _is_new(self) -> bool:
-        if _size(self.path):
-            return False
         if os.path.exists(self.path) and not os.path.isfile(self.path):
             raise BrokerRefused(f"{self.path} is no regular file: name another path")
+        if _size(self.path):
+            return False
         if self.wal_bytes():
             raise BrokerRefused(
                 f"{self.path} is missing, but {self.path}-wal holds events of it: put the file back, or delete the -wal"
@@ -189,7 +191,7 @@ class File:
             (application,) = connection.execute("PRAGMA application_id").fetchone()
             (version,) = connection.execute("PRAGMA user_version").fetchone()
         if application != APPLICATION_ID:
-            raise BrokerRefused(f"{self.path} is the database of another program: name another path")
+            raise BrokerRefused(f"{self.path} is not a Millstream database, but another program's: name another path")
         if version > SCHEMA_VERSION:
             raise BrokerRefused(
                 f"{self.path} was written by a newer Millstream (schema {version}, this one knows {SCHEMA_VERSION}): "
@@ -208,7 +210,7 @@ class File:
             disk = os.statvfs(os.path.dirname(self.path))
         except (OSError, AttributeError):
             return False
-        return disk.f_bavail * disk.f_frsize < ROOM_BYTES
+        return disk.f_blocks > 0 and disk.f_bavail * disk.f_frsize < ROOM_BYTES
 
 
 def _size(path: str) -> int:

@@ -313,9 +313,9 @@ class Writer(Reader):
         return IDLE_S if self._untidy else None
 
     def _watch(self) -> None:
-        if not self._listening or self._connection is None:
+        if not self._listening:
             return
-        (version,) = self._connection.execute("PRAGMA data_version").fetchone()
+        (version,) = self._connect().execute("PRAGMA data_version").fetchone()
         if version != self._version:
             self._version = version
             self._changed_s = self._clock.monotonic()

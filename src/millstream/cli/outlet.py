@@ -1,0 +1,191 @@
+"""What `publish` is given becomes events: checked by their type where an app declares the stream, else as they are."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import Any, NoReturn, Protocol
+
+import click
+import msgspec
+
+from millstream.app import App
+from millstream.brokers.base import Broker, Position, Record, StreamSpec
+from millstream.cli import show, target
+from millstream.cli.target import Target
+from millstream.clock import Clock
+from millstream.delivery import Envelope
+from millstream.errors import MillstreamError
+from millstream.event import field_names
+from millstream.stream import Stream
+from millstream.units import MAX_EVENT_BYTES, MAX_HEADERS_BYTES, MAX_ID_CHARS, MAX_KEY_BYTES, MAX_TYPE_CHARS
+from millstream.wire import codec
+from millstream.wire.partition import partition_of
+
+MAX_LINE_BYTES = 4 * MAX_EVENT_BYTES  # an event at its limit, with escapes and its envelope
+
+
+class Unfit(click.UsageError):
+    """An event cannot be published as it was written."""
+
+
+class Draft(msgspec.Struct):
+    """An event as the arguments or a line give it, not yet checked against its type."""
+
+    type: str = ""
+    data: dict[str, Any] = {}
+    id: str | None = None
+    key: str | int | None = None
+    headers: dict[str, str] = {}
+    time: datetime | None = None
+    source: str = ""
+    position: str = ""
+
+    @property
+    def time_ms(self) -> int:
+        """0: when it is stored."""
+        return 0 if self.time is None else int((self.time if self.time.tzinfo else self.time.replace(tzinfo=UTC)).timestamp() * 1000)
+
+
+class Outlet(Protocol):
+    """Where events go: checked by their type, or as they are."""
+
+    def fit(self, draft: Draft, *, words: bool = False) -> Any:
+        """What `store` takes; it has an id. `words`: values may be text that a field's type converts. Raises `Unfit`."""
+        ...
+
+    async def store(self, events: Sequence[Any]) -> Sequence[Position]:
+        """Raises what `App.publish_many` raises."""
+        ...
+
+
+@asynccontextmanager
+async def _outlet(meant: Target, name: str) -> AsyncIterator[Outlet]:
+    declared = meant.stream(name)
+    if meant.app is not None and declared is not None:
+        async with meant.app:
+            yield _Typed(meant.app, declared)
+        return
+    async with meant.opened() as broker:
+        info = await target.find_stream(broker, name, meant)
+        if meant.app is not None:
+            show.note(f"{meant.app.name} does not declare {name!r}: events are stored as they are")
+        yield _Raw(broker, info.spec, meant.clock)
+
+
+class _Typed:
+    """Events of a stream that an app declares."""
+
+    def __init__(self, app: App, stream: Stream[Any]) -> None:
+        self._app = app
+        self._stream = stream
+        self._decoders = {name: codec.decoder(cls) for name, cls in stream.types.items()}
+        self._encoders = {name: codec.encoder(cls) for name, cls in stream.types.items()}
+
+    def fit(self, draft: Draft, *, words: bool = False) -> Envelope[Any]:
+        """Make the event, as its class."""
+        cls = self._stream.types.get(draft.type)
+        if cls is None:
+            _unfit(f"{self._stream.name!r} has no type {draft.type!r}, but {', '.join(self._stream.types)}")
+        try:
+            if words:
+                event = _from_words(cls, draft.data)
+            else:
+                event = self._decoders[draft.type](msgspec.json.encode(draft.data))
+            data = self._encoders[draft.type](event)
+            key = str(draft.key) if draft.key is not None else self._stream.key_of(event)
+        except (MillstreamError, ValueError) as error:
+            _unfit(str(error))
+        _check(draft, key, data)
+        envelope = Envelope(event, id=draft.id or self._app.clock.new_id(), key=key, headers=draft.headers)
+        envelope.time_ms = draft.time_ms
+        return envelope
+
+    async def store(self, events: Sequence[Envelope[Any]]) -> Sequence[Position]:
+        return await self._app.publish_many(events, to=self._stream)
+
+
+class _Raw:
+    """Events of a stream of which only the broker knows."""
+
+    def __init__(self, broker: Broker, spec: StreamSpec, clock: Clock) -> None:
+        self._broker = broker
+        self._spec = spec
+        self._clock = clock
+
+    def fit(self, draft: Draft, *, words: bool = False) -> Record:
+        """Make the record."""
+        if not 0 < len(draft.type) <= MAX_TYPE_CHARS or not draft.type.isprintable():
+            _unfit(f"{draft.type[:50]!r} cannot name a type: 1 to {MAX_TYPE_CHARS} printable characters")
+        key, data = self._key(draft), msgspec.json.encode(draft.data)
+        _check(draft, key, data)
+        id_ = draft.id or self._clock.new_id()
+        partition = partition_of(id_ if key is None else key, self._spec.partitions)
+        headers = msgspec.json.encode(draft.headers) if draft.headers else b""
+        return Record(partition, id_, draft.type, data, key, draft.time_ms, headers, None, draft.source)
+
+    async def store(self, events: Sequence[Record]) -> Sequence[Position]:
+        return await self._broker.append(self._spec.name, events)
+
+    def _key(self, draft: Draft) -> str | None:
+        """The key that was given, else the field that the stream names."""
+        if draft.key is not None or not self._spec.key:
+            return None if draft.key is None else str(draft.key)
+        if self._spec.key == "()":
+            _unfit(f"a function makes the keys of {self._spec.name!r}: give a key, or --app")
+        value = draft.data.get(self._spec.key)
+        if not isinstance(value, str | int) or isinstance(value, bool):
+            _unfit(f"the key {self._spec.key!r} of {self._spec.name!r} must be text or a whole number, not {value!r}")
+        return str(value)
+
+
+def _check(draft: Draft, key: str | None, data: bytes) -> None:
+    """The limits of an event. Checked for each line, so that the line can be named."""
+    if len(data) > MAX_EVENT_BYTES:
+        _unfit(f"the event is {len(data):,} bytes, over the limit of {MAX_EVENT_BYTES:,}; publish a reference to it")
+    if key is not None and len(key.encode()) > MAX_KEY_BYTES:
+        _unfit(f"the key is over its limit of {MAX_KEY_BYTES:,} bytes; use a hash of it")
+    if draft.headers and len(msgspec.json.encode(draft.headers)) > MAX_HEADERS_BYTES:
+        _unfit(f"the headers are over their limit of {MAX_HEADERS_BYTES:,} bytes")
+    if draft.id and not (len(draft.id) <= MAX_ID_CHARS and draft.id.isascii() and draft.id.isprintable()):
+        _unfit(f"id {draft.id[:20]!r}: 1 to {MAX_ID_CHARS} printable ASCII characters")
+
+
+def _from_words(cls: type, data: Mapping[str, Any]) -> Any:
+    """An event from text: a number where the field is one. A misspelt field would be lost, so it is refused."""
+    names = getattr(cls, "__struct_encode_fields__", None) or field_names(cls) or ()
+    validate: Callable[[Any], Any] | None = getattr(cls, "model_validate", None)
+    unknown = data.keys() - set(names)
+    if unknown and validate is None:
+        _unfit(f"{cls.__name__} has no field {', '.join(sorted(unknown))}, but {', '.join(names)}")
+    if validate is None:
+        return msgspec.convert(data, cls, strict=False, str_keys=True)
+    try:
+        return validate(data)
+    except ValueError as error:
+        details: Any = getattr(error, "errors", list)()
+        _unfit("; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in details[:3]) or str(error))
+
+
+def _field(word: str) -> tuple[str, Any]:
+    name, value = _pair(word, "field")
+    if not name.endswith(":"):
+        return name, value
+    try:
+        return name[:-1], msgspec.json.decode(value)
+    except msgspec.DecodeError as error:
+        raise Unfit(f"{word!r} is not JSON behind := ({error}); text is written {name[:-1]}={value}") from None
+
+
+def _pair(word: str, kind: str) -> tuple[str, str]:
+    name, equals, value = word.partition("=")
+    if not equals or not name:
+        raise Unfit(f"{word!r} is not a {kind}: write NAME=VALUE.")
+    return name, value
+
+
+def _unfit(message: str) -> NoReturn:
+    raise Unfit(message)
+
+
