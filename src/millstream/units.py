@@ -32,7 +32,7 @@ MAX_ERROR_CHARS = 4_000  # an error's text that is kept with a dead letter
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3_600.0, "d": 86_400.0, "w": 604_800.0}
 _BYTES = {"B": 1, "KB": 1_024, "MB": 1_048_576, "GB": 1_073_741_824}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w)")
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB)", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d+)?)\s*(B|KB|MB|GB)", re.IGNORECASE)
 _NAME = re.compile(rf"[A-Za-z0-9._-]{{1,{MAX_NAME_CHARS}}}")
 
 
@@ -46,7 +46,10 @@ def seconds(duration: Duration) -> float:
             raise BadSetting(f"{duration!r} is not a duration: write '250ms', '2s', '5m', '1h' or '7d'")
         value = float(match[1]) * _SECONDS[match[2]]
     else:
-        value = float(duration)
+        try:
+            value = float(duration)
+        except (TypeError, ValueError, OverflowError):
+            value = -1
     if not 0 <= value < float("inf"):
         raise BadSetting(f"{duration!r} is not a duration: it must be zero or more")
     return value
@@ -54,9 +57,9 @@ def seconds(duration: Duration) -> float:
 
 def size_bytes(size: Size) -> int:
     """A size as bytes. Raises `BadSetting`."""
-    if isinstance(size, int):
+    if isinstance(size, int) and size >= 0:
         return size
-    match = _SIZE.fullmatch(size.strip())
+    match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
     if match is None:
         raise BadSetting(f"{size!r} is not a size: write '64KB', '1MB' or a number of bytes")
     return int(float(match[1]) * _BYTES[match[2].upper()])

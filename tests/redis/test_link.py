@@ -130,8 +130,9 @@ async def test_a_short_deadline_behind_a_long_one_is_kept(server: RedisServer) -
     async with linked(at(server)) as link:
         blocked = asyncio.ensure_future(link.call("XREAD", "BLOCK", 20_000, "STREAMS", "none", "0", deadline_s=30))
         await asyncio.sleep(0)
-        with pytest.raises(BrokerDown):
-            await link.call("ECHO", "behind", deadline_s=0.1)
+        async with asyncio.timeout(3):
+            with pytest.raises(BrokerDown):
+                await link.call("ECHO", "behind", deadline_s=0.1)
         with pytest.raises(BrokerDown):
             await blocked
 
@@ -159,6 +160,18 @@ async def test_calls_wait_in_line_while_the_socket_is_full_and_keep_their_order(
             b"%d" % n for n in range(60)
         ]
         await link.call("DEL", "list")
+
+
+async def test_who_comes_when_there_is_room_again_goes_behind_the_line(server: RedisServer) -> None:
+    async with linked(at(server)) as link:
+        await link.call("DEL", "order")
+        link.pause_writing()
+        first = asyncio.ensure_future(link.call("RPUSH", "order", "first"))
+        await until(lambda: link._in_line == 1)
+        link.resume_writing()
+        await link.call("RPUSH", "order", "second")  # begins before the first has woken up
+        await first
+        assert await link.call("LRANGE", "order", 0, -1) == [b"first", b"second"]
 
 
 async def test_a_call_in_line_fails_when_the_link_is_closed(server: RedisServer) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import click
-import msgspec
 
 from millstream.brokers.base import Broker, DeadLetter, GroupInfo
 from millstream.cli import show, target
@@ -26,7 +25,9 @@ _COLUMNS = (
     Column("TYPE", "type"),
     Column("REASON", "reason"),
     Column("TRIES", "attempts", show.count),
-    Column("ERROR", "error", lambda error: show.text(error.strip().splitlines()[0] if error.strip() else ""), elastic=True),
+    Column(
+        "ERROR", "error", lambda error: show.text(error.strip().splitlines()[0] if error.strip() else ""), elastic=True
+    ),
 )
 _LINES = (
     Column("group", "name"),
@@ -84,7 +85,9 @@ class Filters:
 
 def _filters(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
-        click.option("--since", type=target.Moment(), help="Died since: 5m (ago), 2026-08-01T12:00Z or today."),
+        click.option(
+            "--since", metavar="TIME", callback=target.moment, help="Died since: 5m (ago), 2026-08-01T12:00Z or today."
+        ),
         click.option("--reason", metavar="WORDS", help="As `dead ls` shows it: failed, rejected, …"),
         click.option("--type", metavar="TYPE", help="Type of the event, as in order.placed."),
         click.option("--group", metavar="GROUP", help="As in billing, or orders/billing."),
@@ -107,7 +110,8 @@ def _changes(command: Callable[..., Any]) -> Callable[..., Any]:
 def dead() -> None:
     """Dead letters: list, show, replay, drop.
 
-    A dead letter is an event that was given up for one group. It is kept, with the reason, until somebody replays or drops it.
+    A dead letter is an event that was given up for one group. It is kept, with the reason, until somebody replays it or
+    drops it.
     """
 
 
@@ -116,7 +120,7 @@ def dead() -> None:
 @click.option("--limit", type=click.IntRange(min=0), default=100, show_default=True, help="At most so many; 0: all.")
 @show.output_option
 @click.pass_obj
-def ls(given: Given, limit: int, output: Output, **filters: Any) -> None:
+def ls(given: Given, /, limit: int, output: Output, **filters: Any) -> None:
     """List dead letters, the oldest of each group first."""
     target.run(lambda: _list(given, Filters(**filters), limit, output))
 
@@ -138,7 +142,7 @@ def show_(given: Given, identity: str, group: str | None, output: Output) -> Non
 @click.argument("ids", nargs=-1, metavar="[ID]…")
 @_changes
 @click.pass_obj
-def replay(given: Given, ids: tuple[str, ...], rate: float | None, plan: bool, yes: bool, **filters: Any) -> int:
+def replay(given: Given, /, ids: tuple[str, ...], rate: float | None, plan: bool, yes: bool, **filters: Any) -> int:
     """Give dead letters back to their groups, which handle them anew.
 
     Those with these ids or positions, else all that the options choose. Shows how many before it asks.
@@ -150,7 +154,7 @@ def replay(given: Given, ids: tuple[str, ...], rate: float | None, plan: bool, y
 @click.argument("ids", nargs=-1, metavar="[ID]…")
 @_changes
 @click.pass_obj
-def drop(given: Given, ids: tuple[str, ...], rate: float | None, plan: bool, yes: bool, **filters: Any) -> int:
+def drop(given: Given, /, ids: tuple[str, ...], rate: float | None, plan: bool, yes: bool, **filters: Any) -> int:
     """Discard dead letters for ever.
 
     Those with these ids or positions, else all that the options choose. Shows how many before it asks.

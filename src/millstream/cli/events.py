@@ -2,57 +2,45 @@
 
 from __future__ import annotations
 
-import asyncio
-import gzip
-import io
-import zlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from collections.abc import AsyncIterator, Sequence
 from heapq import heapify, heappop, heappush
-from itertools import islice
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple
 
 import click
-import msgspec
 
-from millstream.app import App
-from millstream.brokers.base import Broker, Position, Record, Stored, StreamInfo, StreamSpec
+from millstream.brokers.base import Broker, Position, Stored, StreamInfo
 from millstream.cli import show, target
-from millstream.cli.main import DONE, INTERRUPTED, PART, Command, Given, exit_code
+from millstream.cli.lines import Lines, Unreadable
+from millstream.cli.main import DONE, INTERRUPTED, PART, Command, Given
+from millstream.cli.outlet import MAX_LINE_BYTES, Draft, Outlet, Unfit, field, outlet, pair, read_line
 from millstream.cli.show import Output
-from millstream.cli.target import Target
-from millstream.clock import Clock
-from millstream.delivery import Envelope
-from millstream.errors import BrokerError, MillstreamError, Unconfirmed, WireError
-from millstream.event import field_names
-from millstream.stream import Stream
-from millstream.units import (
-    MAX_APPEND_RECORDS,
-    MAX_EVENT_BYTES,
-    MAX_HEADERS_BYTES,
-    MAX_ID_CHARS,
-    MAX_KEY_BYTES,
-    MAX_TYPE_CHARS,
-)
-from millstream.wire import codec
-from millstream.wire.partition import partition_of
+from millstream.cli.target import Interrupt, Target
+from millstream.errors import BrokerError, Unconfirmed
+from millstream.units import MAX_APPEND_RECORDS
 
-BLOCK_BYTES = 262_144  # read at once; a thousand events of the usual size
-MAX_LINE_BYTES = 4 * MAX_EVENT_BYTES  # an event at its limit, with escapes and its envelope
 PAGE = 200  # events that `tail` reads at once from each partition
 LAST = 10  # events that `tail` shows when nothing says where to begin
-WAIT_S = 1.0  # `tail --follow` looks for new partitions' ends at least so often
-IDLE_S = 0.2  # how soon Ctrl-C is noticed while nothing comes in
+WAIT_S = 1.0  # `tail --follow` asks again at least so often
+BACK_MS = (
+    1_000,
+    60_000,
+    3_600_000,
+    86_400_000,
+)  # how far back the last events are looked for, before from the beginning
 
 
 @click.command(cls=Command)
 @click.argument("stream", metavar="STREAM")
 @click.argument("kind", metavar="[TYPE]", required=False)
 @click.argument("fields", nargs=-1, metavar="[F=V]…")
-@click.option("--file", "path", type=click.Path(exists=True, dir_okay=False, allow_dash=True), metavar="FILE", help="JSON lines; also .gz; - is stdin.")
+@click.option(
+    "--file",
+    "path",
+    type=click.Path(exists=True, dir_okay=False, allow_dash=True),
+    metavar="FILE",
+    help="JSON lines; also .gz; - is stdin.",
+)
 @click.option("--from-line", type=click.IntRange(min=1), default=1, metavar="N", help="Go on with this line of --file.")
 @click.option("--key", metavar="KEY", help="In place of the stream's own key.")
 @click.option("--id", "identity", metavar="ID", help="Unique; without this, Millstream makes one.")
@@ -83,8 +71,8 @@ def publish(
     if path is None:
         if kind is None:
             raise click.UsageError("Publish what? Give TYPE and fields, or --file.")
-        data = dict(_field(word) for word in fields)
-        draft = Draft(kind, data, identity, key, dict(_pair(header, "header") for header in headers))
+        data = dict(field(word) for word in fields)
+        draft = Draft(kind, data, identity, key, dict(pair(header, "header") for header in headers))
         return target.run(lambda: _publish_one(target.find(given), stream, draft))
     if kind or key or identity or headers:
         raise click.UsageError("With --file, each line gives its own type, key, id and headers.")
@@ -94,15 +82,32 @@ def publish(
 
 @click.command(cls=Command)
 @click.argument("stream", metavar="STREAM")
-@click.option("--since", type=target.Moment(), help=f"Begin at 5m (ago), 2026-08-01T12:00Z or today; else with the last {LAST}.")
+@click.option(
+    "--since",
+    metavar="TIME",
+    callback=target.moment,
+    help=f"Begin at 5m (ago), 2026-08-01T12:00Z or today; else with the last {LAST}.",
+)
 @click.option("-f", "--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
 @click.option("--type", "kind", metavar="TYPE", help="Only events of this type.")
 @click.option("--key", metavar="KEY", help="Only events of this key.")
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="End after N events; without --since and --follow the last N.")
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="End after N events; without --since and --follow the last N.",
+)
 @show.output_option
 @click.pass_obj
 def tail(
-    given: Given, stream: str, since: int | None, follow: bool, kind: str | None, key: str | None, limit: int | None, output: Output
+    given: Given,
+    stream: str,
+    since: int | None,
+    follow: bool,
+    kind: str | None,
+    key: str | None,
+    limit: int | None,
+    output: Output,
 ) -> None:
     """Show the events of a stream, the oldest first.
 
@@ -114,10 +119,173 @@ def tail(
 
 
 async def _publish_one(meant: Target, stream: str, draft: Draft) -> int:
-    async with _outlet(meant, stream) as outlet:
-        event = outlet.fit(draft, words=True)
-        position = (await outlet.store([event]))[0]
+    async with outlet(meant, stream) as out:
+        event = out.fit(draft, words=True)
+        position = (await out.store([event]))[0]
     click.echo(f"{position}  {event.id}")
     return DONE
 
 
+class _Load:
+    """Publishing the lines of a file. Whatever ends it, it says with which line to go on."""
+
+    def __init__(self, lines: Lines, from_line: int) -> None:
+        self._lines = lines
+        self._next = from_line
+        self._stored = 0
+        self._trouble = ""
+        self._doubt = ""
+        self._interrupt = Interrupt()
+
+    async def run(self, meant: Target, stream: str) -> int:
+        """The exit code."""
+        async with outlet(meant, stream) as out:
+            progress = show.Progress("publishing", "events", meant.clock)
+            try:
+                with progress, self._interrupt.caught():
+                    await self._load(out, meant, progress)
+            except BaseException:
+                self._report(progress, cut=True)
+                raise
+            cut = self._interrupt.asked.is_set()
+            self._report(progress, cut=cut)
+        return PART if self._trouble else INTERRUPTED if cut else DONE
+
+    async def _load(self, out: Outlet, meant: Target, progress: show.Progress) -> None:
+        number = 0
+        try:
+            async for block in self._lines.blocks(self._interrupt.asked, meant.clock, MAX_LINE_BYTES):
+                events, following = self._read(out, block, number + 1)
+                number += len(block)
+                await self._store(out, events, following)
+                progress.show(self._stored, self._lines.part())
+                if self._trouble:
+                    return
+        except Unreadable as error:
+            self._trouble = f"behind line {number}: {error}"
+
+    def _read(self, out: Outlet, block: Sequence[bytes], first: int) -> tuple[list[tuple[int, Any]], int]:
+        """The events of a block, with the numbers of their lines, as far as they fit; and the line behind them."""
+        events: list[tuple[int, Any]] = []
+        for number, line in enumerate(block, first):
+            if number < self._next or not line.strip():
+                continue
+            try:
+                events.append((number, out.fit(read_line(line, out))))
+            except Unfit as error:
+                self._trouble = f"line {number}: {error.message}"
+                return events, number
+        return events, first + len(block)
+
+    async def _store(self, out: Outlet, events: Sequence[tuple[int, Any]], following: int) -> None:
+        for start in range(0, len(events), MAX_APPEND_RECORDS):
+            piece = events[start : start + MAX_APPEND_RECORDS]
+            self._next, self._doubt = piece[0][0], "; some events from there on may be stored already"
+            try:
+                self._stored += len(await out.store([event for _, event in piece]))
+            except Unconfirmed as error:
+                self._count_known(piece, error)
+                raise
+            self._doubt = ""
+        self._next = max(self._next, following)
+
+    def _count_known(self, piece: Sequence[tuple[int, Any]], error: Unconfirmed) -> None:
+        """Go on with the first event that is not known to be stored."""
+        doubtful = {event.id for event in error.envelopes}
+        before = next((n for n, (_, event) in enumerate(piece) if event.id in doubtful), 0)
+        self._next = piece[before][0]
+        self._stored += len(error.results)
+        behind = len(error.results) - before
+        sure = isinstance(error.__cause__, BrokerError) and not isinstance(error.__cause__, Unconfirmed)
+        self._doubt = (
+            f"; {behind:,} of those behind it are stored already" if behind > 0 else "" if sure else self._doubt
+        )
+
+    def _report(self, progress: show.Progress, *, cut: bool) -> None:
+        click.echo(f"{self._stored:,} published")
+        if self._trouble:
+            show.note(
+                f"{self._trouble}; {self._stored:,} events were stored, correct it and go on with --from-line {self._next}"
+            )
+        elif cut:
+            show.note(f"stopped: go on with --from-line {self._next}{self._doubt}")
+        elif self._stored:
+            show.note(progress.summary(self._stored))
+
+
+class Look(NamedTuple):
+    """What `tail` shows."""
+
+    since_ms: int | None
+    follow: bool
+    limit: int | None
+    type: str | None
+    key: str | None
+
+    def shows(self, stored: Stored) -> bool:
+        """The type and the key are those that were asked for."""
+        return self.type in (None, stored.record.type) and self.key in (None, stored.record.key)
+
+
+async def _tail(meant: Target, stream: str, look: Look, output: Output) -> None:
+    async with meant.opened() as broker:
+        info = await target.find_stream(broker, stream, meant, make=True)
+        with show.EventLines(output, meant.clock) as lines:
+            shown = 0
+            async for stored in _found(broker, info, look):
+                lines.show(show.event(stored))
+                shown += 1
+                if shown == look.limit:
+                    return
+    if not shown:
+        show.note("no events")
+
+
+async def _found(broker: Broker, info: StreamInfo, look: Look) -> AsyncIterator[Stored]:
+    name = info.spec.name
+    if look.since_ms is None:
+        last, places = await _last(broker, info, look)
+        for stored in last:
+            yield stored
+    else:
+        places = dict(await broker.locate(name, look.since_ms))
+    while True:
+        async for stored in _in_time(broker, name, places):
+            if look.shows(stored):
+                yield stored
+        if not look.follow:
+            return
+        await broker.wait(name, places, WAIT_S)
+
+
+async def _last(broker: Broker, info: StreamInfo, look: Look) -> tuple[deque[Stored], dict[int, Position | None]]:
+    """The last events, and the places behind them. Looked for from ever further back: streams are read forward only."""
+    for back_ms in (*BACK_MS, None):
+        start = None if back_ms is None or info.last_ms is None else info.last_ms - back_ms
+        if start is not None and info.first_ms is not None and start <= info.first_ms:
+            start = None
+        places = dict(await broker.locate(info.spec.name, "beginning" if start is None else start))
+        last: deque[Stored] = deque(maxlen=look.limit or LAST)
+        async for stored in _in_time(broker, info.spec.name, places):
+            if look.shows(stored):
+                last.append(stored)
+        if len(last) == last.maxlen or start is None:
+            break
+    return last, places
+
+
+async def _in_time(broker: Broker, name: str, places: dict[int, Position | None]) -> AsyncIterator[Stored]:
+    """What there is behind these places, which move on: all partitions side by side, in the order of time."""
+    pages = {partition: deque(await broker.read(name, partition, place, PAGE)) for partition, place in places.items()}
+    heads = [(page[0].record.time_ms, partition) for partition, page in pages.items() if page]
+    heapify(heads)
+    while heads:
+        _, partition = heappop(heads)
+        page = pages[partition]
+        stored = page.popleft()
+        places[partition] = stored.position
+        yield stored
+        if not page:
+            page.extend(await broker.read(name, partition, stored.position, PAGE))
+        if page:
+            heappush(heads, (page[0].record.time_ms, partition))

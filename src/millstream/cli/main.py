@@ -88,6 +88,18 @@ def _remember(context: click.Context, option: click.Parameter, value: Any) -> No
         setattr(context.ensure_object(Given), option.name or "", value)
 
 
+def _shared() -> list[click.Parameter]:
+    def option(*names: str, **rest: Any) -> click.Option:
+        return click.Option(names, expose_value=False, callback=_remember, **rest)
+
+    return [
+        option("--app", metavar="MODULE:NAME", help="The app, as in shop.main:app."),
+        option("--broker", metavar="URL", help="The broker, as in redis://host:6379/0 or sqlite:///shop.db."),
+        option("--factory", is_flag=True, help="NAME is a function that returns the app."),
+        option("--debug", is_flag=True, help="Show tracebacks of errors."),
+    ]
+
+
 class Command(click.Command):
     """A command that takes the shared options among its own."""
 
@@ -169,26 +181,13 @@ def main() -> NoReturn:
     millstream.main()
 
 
-def _shared() -> list[click.Parameter]:
-    def option(*names: str, **rest: Any) -> click.Option:
-        return click.Option(names, expose_value=False, callback=_remember, **rest)
-
-    return [
-        option("--app", metavar="MODULE:NAME", help="The app, as in shop.main:app."),
-        option("--broker", metavar="URL", help="The broker, as in redis://host:6379/0 or sqlite:///shop.db."),
-        option("--factory", is_flag=True, help="NAME is a function that returns the app."),
-        option("--debug", is_flag=True, help="Show tracebacks of errors."),
-    ]
-
-
 def _write_options(command: click.Command, context: click.Context, formatter: click.HelpFormatter) -> None:
     own: list[tuple[str, str]] = []
     shared: list[tuple[str, str]] = []
     for option in command.get_params(context):
         record = option.get_help_record(context)
         if record is not None and isinstance(option, click.Option):
-            everywhere = option.callback is _remember or option.name in ("help", "version")
-            (shared if everywhere else own).append(record)
+            (shared if option.callback is _remember else own).append(record)
     for title, records in (("Options", own), ("Options of every command", shared)):
         if records:
             with formatter.section(title):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any, NoReturn, Protocol
@@ -16,7 +16,7 @@ from millstream.cli import show, target
 from millstream.cli.target import Target
 from millstream.clock import Clock
 from millstream.delivery import Envelope
-from millstream.errors import MillstreamError
+from millstream.errors import BrokerError, MillstreamError, Unconfirmed
 from millstream.event import field_names
 from millstream.stream import Stream
 from millstream.units import MAX_EVENT_BYTES, MAX_HEADERS_BYTES, MAX_ID_CHARS, MAX_KEY_BYTES, MAX_TYPE_CHARS
@@ -45,23 +45,33 @@ class Draft(msgspec.Struct):
     @property
     def time_ms(self) -> int:
         """0: when it is stored."""
-        return 0 if self.time is None else int((self.time if self.time.tzinfo else self.time.replace(tzinfo=UTC)).timestamp() * 1000)
+        if self.time is None:
+            return 0
+        return int((self.time if self.time.tzinfo else self.time.replace(tzinfo=UTC)).timestamp() * 1000)
+
+
+_OUTSIDE = frozenset(Draft.__struct_fields__)
 
 
 class Outlet(Protocol):
     """Where events go: checked by their type, or as they are."""
 
+    def fields(self, kind: str) -> Collection[str]:
+        """The names of a type's fields, as far as they are known."""
+        ...
+
     def fit(self, draft: Draft, *, words: bool = False) -> Any:
-        """What `store` takes; it has an id. `words`: values may be text that a field's type converts. Raises `Unfit`."""
+        """What `store` takes; it has an `id`. `words`: values may be text that a field's type converts. Raises `Unfit`."""
         ...
 
     async def store(self, events: Sequence[Any]) -> Sequence[Position]:
-        """Raises what `App.publish_many` raises."""
+        """Store events, at most as many as one write takes. Raises what `App.publish_many` raises."""
         ...
 
 
 @asynccontextmanager
-async def _outlet(meant: Target, name: str) -> AsyncIterator[Outlet]:
+async def outlet(meant: Target, name: str) -> AsyncIterator[Outlet]:
+    """Where events of this stream go, open. Raises a usage error for an unknown stream."""
     declared = meant.stream(name)
     if meant.app is not None and declared is not None:
         async with meant.app:
@@ -83,16 +93,18 @@ class _Typed:
         self._decoders = {name: codec.decoder(cls) for name, cls in stream.types.items()}
         self._encoders = {name: codec.encoder(cls) for name, cls in stream.types.items()}
 
+    def fields(self, kind: str) -> Collection[str]:
+        """As its class says."""
+        return field_names(self._stream.types.get(kind, object)) or ()
+
     def fit(self, draft: Draft, *, words: bool = False) -> Envelope[Any]:
         """Make the event, as its class."""
         cls = self._stream.types.get(draft.type)
         if cls is None:
             _unfit(f"{self._stream.name!r} has no type {draft.type!r}, but {', '.join(self._stream.types)}")
         try:
-            if words:
-                event = _from_words(cls, draft.data)
-            else:
-                event = self._decoders[draft.type](msgspec.json.encode(draft.data))
+            decode = self._decoders[draft.type]
+            event = _from_words(cls, draft.data) if words else decode(msgspec.json.encode(draft.data))
             data = self._encoders[draft.type](event)
             key = str(draft.key) if draft.key is not None else self._stream.key_of(event)
         except (MillstreamError, ValueError) as error:
@@ -103,6 +115,7 @@ class _Typed:
         return envelope
 
     async def store(self, events: Sequence[Envelope[Any]]) -> Sequence[Position]:
+        """Through the app."""
         return await self._app.publish_many(events, to=self._stream)
 
 
@@ -113,6 +126,10 @@ class _Raw:
         self._broker = broker
         self._spec = spec
         self._clock = clock
+
+    def fields(self, kind: str) -> Collection[str]:
+        """Unknown."""
+        return ()
 
     def fit(self, draft: Draft, *, words: bool = False) -> Record:
         """Make the record."""
@@ -126,7 +143,16 @@ class _Raw:
         return Record(partition, id_, draft.type, data, key, draft.time_ms, headers, None, draft.source)
 
     async def store(self, events: Sequence[Record]) -> Sequence[Position]:
-        return await self._broker.append(self._spec.name, events)
+        """Straight to the broker; what fails is told as `App.publish_many` tells it."""
+        try:
+            return await self._broker.append(self._spec.name, events)
+        except Unconfirmed as error:
+            answers = list(zip(events, error.results, strict=True))
+            doubtful = [event for event, result in answers if not isinstance(result, Position)]
+            stored = [result for _, result in answers if isinstance(result, Position)]
+            raise Unconfirmed(str(error), envelopes=doubtful, results=stored) from error
+        except BrokerError as error:
+            raise Unconfirmed(f"{error}; none of these was stored", envelopes=events) from error
 
     def _key(self, draft: Draft) -> str | None:
         """The key that was given, else the field that the stream names."""
@@ -138,6 +164,33 @@ class _Raw:
         if not isinstance(value, str | int) or isinstance(value, bool):
             _unfit(f"the key {self._spec.key!r} of {self._spec.name!r} must be text or a whole number, not {value!r}")
         return str(value)
+
+
+def read_line(line: bytes, outlet: Outlet) -> Draft:
+    """The event of a JSON line: its fields beside its `type`, or what `tail -o jsonl` prints. Raises `Unfit`."""
+    if len(line) > MAX_LINE_BYTES:
+        _unfit(f"the line is over its limit of {MAX_LINE_BYTES:,} bytes")
+    try:
+        found = msgspec.json.decode(line, type=dict[str, Any])
+    except (ValueError, RecursionError) as error:
+        _unfit(f"not a JSON object: {error}")
+    kind = found.get("type")
+    if not kind or not isinstance(kind, str):
+        _unfit("it has no type")
+    if _is_whole(found, outlet.fields(kind)):
+        try:
+            return msgspec.convert(found, Draft)
+        except msgspec.ValidationError as error:
+            _unfit(str(error))
+    del found["type"]
+    return Draft(kind, found)
+
+
+def _is_whole(found: dict[str, Any], fields: Collection[str]) -> bool:
+    """True when `data` holds the event. `position` settles it for a type that has a field `data` itself."""
+    if not isinstance(found.get("data"), dict) or not found.keys() <= _OUTSIDE:
+        return False
+    return "data" not in fields or "position" in found
 
 
 def _check(draft: Draft, key: str | None, data: bytes) -> None:
@@ -168,8 +221,9 @@ def _from_words(cls: type, data: Mapping[str, Any]) -> Any:
         _unfit("; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in details[:3]) or str(error))
 
 
-def _field(word: str) -> tuple[str, Any]:
-    name, value = _pair(word, "field")
+def field(word: str) -> tuple[str, Any]:
+    """`F=V` or `F:=JSON`."""
+    name, value = pair(word, "field")
     if not name.endswith(":"):
         return name, value
     try:
@@ -178,7 +232,8 @@ def _field(word: str) -> tuple[str, Any]:
         raise Unfit(f"{word!r} is not JSON behind := ({error}); text is written {name[:-1]}={value}") from None
 
 
-def _pair(word: str, kind: str) -> tuple[str, str]:
+def pair(word: str, kind: str) -> tuple[str, str]:
+    """`NAME=VALUE`."""
     name, equals, value = word.partition("=")
     if not equals or not name:
         raise Unfit(f"{word!r} is not a {kind}: write NAME=VALUE.")
@@ -187,5 +242,3 @@ def _pair(word: str, kind: str) -> tuple[str, str]:
 
 def _unfit(message: str) -> NoReturn:
     raise Unfit(message)
-
-

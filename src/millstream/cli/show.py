@@ -19,6 +19,10 @@ from millstream.clock import Clock
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+    from rich.live import Live
+    from rich.table import Table
+
+    from millstream.demo.app import Progress as DemoProgress
 
 Output: TypeAlias = Literal["table", "json", "jsonl"]
 Row: TypeAlias = Mapping[str, Any]
@@ -26,6 +30,7 @@ Row: TypeAlias = Mapping[str, Any]
 
 LINE_S = 3.0  # between two lines of progress where there is no terminal
 PICTURE_S = 0.1
+_BOARD_ROWS = 5  # of airlines and alerts: the whole board fits into 24 lines
 
 output_option = click.option(
     "-o",
@@ -183,7 +188,9 @@ class EventLines:
         elif self._output == "jsonl":
             click.echo(msgspec.json.encode(event))
         else:
-            click.echo(b"  " + msgspec.json.encode(event) if self._shown else b"[\n  " + msgspec.json.encode(event), nl=False)
+            click.echo(
+                b"  " + msgspec.json.encode(event) if self._shown else b"[\n  " + msgspec.json.encode(event), nl=False
+            )
         self._shown += 1
 
     def _line(self, event: Row) -> str:
@@ -220,7 +227,9 @@ class Progress:
             self._bar.add_task("", total=None, words="")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
 
@@ -250,6 +259,80 @@ class Progress:
         return words if not part else f"{words}  {part:.0%}  {span(elapsed_s * (1 - part) / part)} left"
 
 
+class Board:
+    """The demo: a live picture on a terminal, elsewhere a line every few seconds on stderr."""
+
+    def __init__(self, *, live: bool) -> None:
+        self._drawn = live
+        self._live: Live | None = None
+        self._said_s = 0.0
+
+    def __enter__(self) -> Self:
+        if self._drawn:
+            from rich.live import Live
+
+            self._live = Live(console=_console(), auto_refresh=False, transient=False)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def show(self, at: DemoProgress) -> None:
+        """The picture as it is now."""
+        if self._live is not None:
+            self._live.update(_picture(at), refresh=True)
+        elif at.elapsed_s - self._said_s >= LINE_S:
+            self._said_s = at.elapsed_s
+            groups = ", ".join(f"{row.group} {row.done:,} done" for row in at.groups)
+            note(f"{at.phase}: {at.published:,} of {at.events:,} events, {at.rate:,.0f}/s; {groups}")
+
+
+def _picture(at: DemoProgress) -> RenderableType:
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    head = Table.grid(padding=(0, 2))
+    when = f"{at.time:%Y-%m-%d %H:%M}" if at.time else ""
+    numbers = f"{at.published:,} of {at.events:,} events  {at.rate:,.0f}/s  {span(at.elapsed_s)}"
+    head.add_row(
+        Text("Flights from New York", style="bold"), Text(when), ProgressBar(at.events, at.published, width=16), numbers
+    )
+    airports = _grid("AIRPORT", "DEPARTED", "LATE", "LANDED", "CANCELLED", "LATEST")
+    for airport in at.airports:
+        counts = map(count, (airport.departed, airport.late, airport.landed, airport.cancelled))
+        airports.add_row(airport.airport, *counts, Text(text(airport.latest)))
+    groups = _grid("GROUP", "DONE", "LAG", "PENDING", "RETRIED", "DEAD", "REPLAYED")
+    for group in at.groups:
+        style = "red" if group.dead else None
+        counts = map(count, (group.done, group.lag, group.pending, group.retried, group.dead, group.replayed))
+        groups.add_row(group.group, *counts, style=style)
+    carriers = _grid("AIRLINE", "FLIGHTS", "LATE", "MEAN")
+    for carrier in at.carriers[:_BOARD_ROWS]:
+        mean = f"{carrier.mean_delay_min:.1f} min"
+        carriers.add_row(carrier.carrier, count(carrier.departures), count(carrier.late), mean)
+    alerts = _grid("ALERTS")
+    for alert in at.alerts[:_BOARD_ROWS]:
+        alerts.add_row(Text(text(alert)))
+    below = Table.grid(padding=(0, 4))
+    below.add_row(carriers, alerts)
+    return Group(head, airports, groups, below, Text(at.phase + " …", style="dim"))
+
+
+def _grid(first: str, *others: str) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table.add_column(first, no_wrap=True)
+    for title in others:
+        table.add_column(title, justify="left" if title == "LATEST" else "right", no_wrap=True)
+    return table
+
+
 def _json(data: bytes) -> Any:
     """JSON as it is, number for number; other bytes, which a foreign producer may have written, as text."""
     try:
@@ -267,7 +350,10 @@ def _table(items: Sequence[Row], columns: Sequence[Column], err: bool) -> None:
 
     console = _console(err=err)
     cells = [[column.form(item.get(column.field)) for column in columns] for item in items]
-    widths = [max(map(cell_len, (title, *texts))) for title, texts in zip(_titles(columns), zip(*cells, strict=True), strict=True)]
+    widths = [
+        max(map(cell_len, (title, *texts)))
+        for title, texts in zip(_titles(columns), zip(*cells, strict=True), strict=True)
+    ]
     table = Table(box=SIMPLE_HEAD if console.is_terminal else None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
         right = column.form in (count, size)
@@ -294,11 +380,6 @@ def _console(*, err: bool = False) -> Console:
     terminal = is_terminal(file)
     # Where there is no terminal nothing is cut or wrapped: the reader is a program or a file.
     return Console(file=file, force_terminal=terminal, width=None if terminal else 10_000, highlight=False)
-
-
-def draw(*things: RenderableType) -> None:
-    """Anything of rich, on stdout."""
-    _console().print(*things)
 
 
 def _dim(words: str) -> str:

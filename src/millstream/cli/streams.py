@@ -66,7 +66,7 @@ async def _list(given: Given, output: Output) -> None:
 async def _show(given: Given, name: str, output: Output) -> None:
     meant = target.find(given)
     async with meant.opened() as broker:
-        info = await target.find_stream(broker, name)
+        info = await target.find_stream(broker, name, meant)
         consumers = await broker.admin.groups(name)
     found = fields(info)
     declared = meant.stream(name)

@@ -37,22 +37,22 @@ _LIBRARY = Path(sysconfig.get_path("purelib"))
 _MAX_NAMED = 20  # names in one message: with more, a list command serves better
 
 
-class Moment(click.ParamType):
-    """TIME: how long ago, a date and time, or `today`. Becomes milliseconds since the epoch."""
+def moment(context: click.Context, option: click.Parameter, value: str | None) -> int | None:
+    """An option's TIME (how long ago, a date and time, `today`) as milliseconds since the epoch.
 
-    name = "TIME"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Times without a zone are local, as the tables show them."""
-        now_ms = Clock().now_ms()
-        if value == "today":
-            now = datetime.fromtimestamp(now_ms / 1000).astimezone()
-            return int(now.replace(hour=0, minute=0, second=0, microsecond=0).timestamp() * 1000)
-        with suppress(BadSetting):
-            return now_ms - int(seconds(value) * 1000)
-        with suppress(ValueError):
-            return int(datetime.fromisoformat(value).timestamp() * 1000)
-        self.fail(f"{value!r} is not a time: write 5m (ago), 2026-08-01T12:00Z or today.", param, ctx)
+    Times without a zone are local, as the tables show them.
+    """
+    if value is None:
+        return None
+    now_ms = Clock().now_ms()
+    if value == "today":
+        now = datetime.fromtimestamp(now_ms / 1000).astimezone()
+        return int(now.replace(hour=0, minute=0, second=0, microsecond=0).timestamp() * 1000)
+    with suppress(BadSetting):
+        return now_ms - int(seconds(value) * 1000)
+    with suppress(ValueError):
+        return int(datetime.fromisoformat(value).timestamp() * 1000)
+    raise click.BadParameter(f"{value!r} is not a time: write 5m (ago), 2026-08-01T12:00Z or today.", context, option)
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def load(name: str, root: str, *, factory: bool) -> App:
         if factory and callable(found):
             found = found()
     except (Exception, SystemExit) as error:
-        raise click.UsageError(f"Cannot load the app {name!r}: {_where(error)}{_what(error)}") from error
+        raise click.UsageError(f"Cannot load the app {name!r}: {blame(error)}") from error
     if isinstance(found, App):
         return found
     apps = ", ".join(f"{module_name}:{known}" for known, value in vars(module).items() if isinstance(value, App))
@@ -131,17 +131,21 @@ def load(name: str, root: str, *, factory: bool) -> App:
     raise click.UsageError(f"{module_name}:{attribute or 'app'} is not an app; {hint}.")
 
 
-async def find_stream(broker: Broker, name: str, declared: Stream[Any] | None = None) -> StreamInfo:
-    """The stream of this name. One that only the app knows is made. Otherwise a usage error that names those there are."""
-    for attempt in range(2):
-        known = await broker.admin.streams()
-        for info in known:
-            if info.spec.name == name:
-                return info
-        if declared is None or attempt:
-            break
+async def find_stream(broker: Broker, name: str, meant: Target, *, make: bool = False) -> StreamInfo:
+    """The stream of this name, else a usage error that names those there are.
+
+    `make`: one that only the app knows so far is made, as its first event would make it.
+    """
+    declared = meant.stream(name)
+    if make and declared is not None:
         await broker.declare(spec_of(declared))
-    raise click.UsageError(f"There is no stream {name!r}; there are: {_listed(info.spec.name for info in known)}.")
+    known = {info.spec.name: info for info in await broker.admin.streams()}
+    if name in known:
+        return known[name]
+    if declared is not None:
+        raise click.UsageError(f"Stream {name!r} is declared, but holds nothing yet: its first event makes it.")
+    names = known.keys() | (meant.app.all_streams().keys() if meant.app else set())
+    raise click.UsageError(f"There is no stream {name!r}; there are: {_listed(names)}.")
 
 
 async def all_groups(broker: Broker) -> list[GroupInfo]:
@@ -220,6 +224,11 @@ def _configured() -> tuple[str | None, str]:
                 raise click.UsageError(f"Cannot read {path}: {error}") from None
             return tool.get("millstream", {}).get("app"), str(folder)
     return None, str(here)
+
+
+def blame(error: BaseException) -> str:
+    """An error of the user's code on one line: file, line, what."""
+    return _where(error) + _what(error)
 
 
 def _where(error: BaseException) -> str:

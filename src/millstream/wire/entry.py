@@ -16,6 +16,7 @@ from millstream.units import MAX_EVENT_BYTES, MAX_HEADERS_BYTES, MAX_ID_CHARS, M
 FIELDS = (b"id", b"type", b"source", b"time", b"subject", b"headers", b"data")
 _LAYOUT = list(FIELDS)
 _PREVIEW_BYTES = 256
+_MAX_TIME_MS = 253_402_300_799_999  # the last millisecond of the year 9999, which a datetime can still hold
 
 
 class Record(Struct, frozen=True, gc=False):
@@ -62,10 +63,11 @@ def read(fields: Sequence[bytes], *, partition: int, offset: str, stored_ms: int
     A missing id is the entry's position, a missing time the one at which it was stored. Unknown fields are passed over.
     Raises `WireError` for anything else, and for what is over a limit; looks at sizes before it decodes.
     """
-    if fields[0::2] == _LAYOUT:  # what Millstream itself writes
+    if fields[0::2] == _LAYOUT and len(fields) == 14:  # what Millstream itself writes
         _, id_, _, type_, _, source, _, time, _, subject, _, headers, _, data = fields
     else:
-        found = dict(zip(reversed(fields[0::2]), reversed(fields[1::2]), strict=False))  # of a repeated name, the first
+        pairs = list(zip(fields[0::2], fields[1::2], strict=False))
+        found = dict(reversed(pairs))  # of a repeated name, the first
         if b"type" not in found or b"data" not in found:
             raise WireError(f"not an event, it lacks type or data: {preview(fields)}")
         id_, type_, source, time, subject, headers, data = (found.get(name, b"") for name in FIELDS)
@@ -80,13 +82,21 @@ def read(fields: Sequence[bytes], *, partition: int, offset: str, stored_ms: int
             type_.decode(),
             data,
             subject.decode() if subject else None,
-            int(time) if time else stored_ms,
+            _milliseconds(time) if time else stored_ms,
             headers,
             None,
             source.decode(),
         )
     except ValueError as error:
         raise WireError(f"{error}: {preview(fields)}") from None
+
+
+def _milliseconds(text: bytes) -> int:
+    # Digits alone: int() would take signs, blanks and underscores too, and other languages would not.
+    value = int(text) if text.isdigit() and len(text) <= len(str(_MAX_TIME_MS)) else -1
+    if not 0 <= value <= _MAX_TIME_MS:
+        raise ValueError("time is not a number of milliseconds since the epoch")
+    return value
 
 
 def preview(fields: Sequence[bytes]) -> str:

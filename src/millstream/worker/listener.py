@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import nullcontext
 from math import isinf
 
@@ -31,6 +32,8 @@ class Listener:
         self._gate = gate
         self._clock = clock
         self._telemetry = telemetry
+        self.joined = asyncio.Event()
+        """Set when all that is published from then on will be heard."""
 
     async def run(self) -> None:
         """Read from now on. Ends by cancellation."""
@@ -40,6 +43,7 @@ class Listener:
             try:
                 if places is None:
                     places = dict(await self._broker.locate(self._stream, "now"))
+                    self.joined.set()
                 for partition, place in places.items():
                     page = await self._broker.read(self._stream, partition, place, _PAGE)
                     for stored in page:

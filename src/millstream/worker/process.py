@@ -84,7 +84,7 @@ class Process:
 @asynccontextmanager
 async def working(
     groups: Iterable[Group],
-    listeners: Iterable[Subscriber],
+    ears: Iterable[Subscriber],
     specs: dict[str, StreamSpec],
     *,
     owner: str,
@@ -101,8 +101,8 @@ async def working(
     with _threads() as threads:
         shop = Shop(clock, telemetry, stage, scope, replace, threads)
         tables = [(group, routes(group, shop)) for group in groups]
-        ears = [(subscriber, Route(subscriber, shop)) for subscriber in listeners]
-        plans = [route.plan for _, table in tables for route in table.values()] + [route.plan for _, route in ears]
+        heard = [(subscriber, Route(subscriber, shop)) for subscriber in ears]
+        plans = [route.plan for _, table in tables for route in table.values()] + [route.plan for _, route in heard]
         workers = [
             Worker(
                 group,
@@ -125,11 +125,11 @@ async def working(
         process = Process(workers, gate, settings, clock)
         async with scope.entered(plans), asyncio.TaskGroup() as tasks:
             process.start(tasks)
-            listening = [
-                tasks.create_task(Listener(subscriber, route, broker, gate, clock, telemetry).run())
-                for subscriber, route in ears
-            ]
+            listeners = [Listener(subscriber, route, broker, gate, clock, telemetry) for subscriber, route in heard]
+            listening = [tasks.create_task(listener.run()) for listener in listeners]
             try:
+                for member in (*workers, *listeners):  # so that what the block publishes is not before "now"
+                    await member.joined.wait()
                 yield process
             finally:
                 for task in listening:

@@ -58,10 +58,13 @@ class Worker:
         self._telemetry = telemetry
         self._concurrency = _concurrency(group, settings)
         batch_size = group.batch.size if group.batch is not None else 1
-        self._max_in_flight = max(settings.max_in_flight or 2 * self._concurrency * batch_size, batch_size)
+        self._max_running = self._concurrency * batch_size
+        self._max_in_flight = max(settings.max_in_flight or 2 * self._max_running, batch_size)
         self._lanes: Lanes | None = None
         self._room = asyncio.Event()
         self._stopping = asyncio.Event()
+        self.joined = asyncio.Event()
+        """Set when the group exists and we are a member of it."""
         self.in_flight = 0
         """Events fetched and not settled."""
         self.cut_off = False
@@ -70,6 +73,7 @@ class Worker:
     async def run(self) -> None:
         """Consume until `stop`. Raises what cannot be mended by trying again."""
         consumer = await self._broker.subscribe(self._subscription)
+        self.joined.set()
         common = self._clock, self._telemetry
         try:
             keeper = Keeper(consumer, self.group.name, self._subscription.lease_s, *common, self._kept)
@@ -114,7 +118,8 @@ class Worker:
     async def _fetch(self, consumer: Consumer, lanes: Lanes) -> None:
         """Keep the queue filled. Ends by cancellation, which `fetch` survives: nothing that it claimed is lost."""
         backoff = Backoff("fetch", self.group.name, self._clock, self._telemetry)
-        enough = max(1, self._max_in_flight // 2)
+        # Never so much that lanes which gather a batch would wait for events that we do not fetch.
+        enough = max(1, min(self._max_in_flight // 2, self._max_in_flight - self._max_running))
         while True:
             while (room := self._max_in_flight - self.in_flight) < enough:
                 self._room.clear()

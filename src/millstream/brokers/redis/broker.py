@@ -26,7 +26,6 @@ from millstream.brokers.redis.keys import Keys
 from millstream.brokers.redis.link import BLOCK_MARGIN_S, BLOCK_S, Argument, Link, pack
 from millstream.clock import Clock
 from millstream.errors import (
-    BadStream,
     BrokerDown,
     BrokerError,
     BrokerRefused,
@@ -130,10 +129,10 @@ class RedisBroker:
         try:
             return self._streams[stream].keys
         except KeyError:
-            raise BadStream(f"stream {stream!r} is not declared yet") from None
+            raise BrokerRefused(f"stream {stream!r} is not declared yet") from None
 
     async def spec(self, stream: str) -> StreamSpec:
-        """How a stream was declared, here or by somebody else. Raises `BadStream` when nobody has."""
+        """How a stream was declared, here or by somebody else. Raises `BrokerRefused` when nobody has."""
         return (await self._known(stream, await self.control())).spec
 
     async def declare(self, stream: StreamSpec) -> None:
@@ -250,7 +249,7 @@ class RedisBroker:
         recorded = await self._recorded(link, check_name("stream", stream))
         if recorded is None:
             self._streams.pop(stream, None)
-            raise BadStream(f"stream {stream!r} is not declared on {self.url}: no app that uses it has run there")
+            raise BrokerRefused(f"stream {stream!r} is not declared on {self.url}: no app that uses it has run there")
         self._streams[stream] = known = _Known(recorded, self._keys_of(recorded), mine=False)
         return known
 
@@ -352,7 +351,7 @@ class _Known:
 
     def log(self, partition: int) -> bytes:
         if not 0 <= partition < self.spec.partitions:
-            raise BadStream(
+            raise BrokerRefused(
                 f"stream {self.spec.name!r} has {self.spec.partitions} partitions, none with number {partition}"
             )
         return self.keys.log(partition)

@@ -27,7 +27,8 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from millstream.brokers.base import Claim, Position, Record, Stored, Subscription
+from millstream.brokers.base import Claim, Position, Stored, Subscription
+from millstream.brokers.redis.claims import again, fault
 from millstream.brokers.redis.link import BLOCK_MARGIN_S, BLOCK_S, Answers, Link, ReplyError, pack
 from millstream.brokers.redis.members import MAX_ITEMS, Members, Place
 from millstream.brokers.redis.scripts import scripts
@@ -117,10 +118,9 @@ class Incarnation:
         self._recover_at = self._beat_at + AUDIT_S
         await self._arm()
 
-    async def join(self, start: str) -> bool:
-        """Make sure that the group exists on all partitions; True when it had vanished on one. Raises `GroupOwned`."""
+    async def join(self, start: str) -> None:
+        """Make sure that the group exists on all partitions. Raises `GroupOwned`."""
         place, owner = self.place, self._subscription.owner
-        healed = False
         for at in place.at:
             keys = at.log, at.meta, at.due, at.note
             state, *answer = await self.writer.run(scripts["join"], keys, (place.group, owner, start))
@@ -131,8 +131,6 @@ class Incarnation:
                     f"group {place.group!r} of {place.stream!r} belongs to the app {answer[0].decode()!r}, not to "
                     f"{owner!r}: use another name, or run `millstream group adopt {place.group}`"
                 )
-            healed |= answer[0] == 2
-        return healed
 
     async def repair(self) -> None:
         """Replace the links that were lost. Raises `LeaseLost` when the server, or our place in it, is another."""
@@ -360,7 +358,9 @@ class Incarnation:
 
     def _lost(self) -> LeaseLost:
         self.fenced = True
-        return LeaseLost(f"{self.name} was silent for its lease and is no member any more: others have what it held")
+        return LeaseLost(
+            f"{self.name} is no member any more: it was silent for its lease, or this is another server now"
+        )
 
     def _set_time(self, sent_at: float, server_ms: int) -> None:
         self._beat_at, self._server_ms = sent_at, server_ms
@@ -370,10 +370,13 @@ class Incarnation:
 
     async def _replaced(self, old: Link, name: str) -> Link:
         link = await self._broker.connect(f"{self.name}-{name}")
-        if not link.run_id or link.run_id != old.run_id:
+        try:
+            if not link.run_id or link.run_id != old.run_id:
+                raise self._lost()
+            (killed,) = await link.calls([("CLIENT", "KILL", "ID", old.client_id)])
+        except BaseException:
             link.close()
-            raise self._lost()
-        (killed,) = await link.calls([("CLIENT", "KILL", "ID", old.client_id)])
+            raise
         if not old.client_id or str(killed).startswith("NOPERM"):
             self._doubt_until = (
                 self._clock.monotonic() + BLOCK_S + 1
@@ -445,13 +448,14 @@ class Incarnation:
                 self.full.append(partition)
             for id_, fields in entries:
                 offset = id_.decode()
-                if offset in held:
+                if offset in held:  # the group was made again under us, and begins to count anew
+                    held[offset] = 1 if held[offset] > 0 else -1
                     continue
                 held[offset] = 1
                 try:
                     record = read(fields, partition=partition, offset=offset, stored_ms=int(id_.split(b"-")[0]))
                 except WireError as error:
-                    add(_fault(partition, offset, fields, 1, str(error)))
+                    add(fault(partition, offset, fields, 1, str(error)))
                     continue
                 if len(record.data) > largest:
                     largest = len(record.data)
@@ -473,30 +477,13 @@ class Incarnation:
         if state != b"OK":
             raise self._lost()
         first, _, *rows = answer
-        for row in rows:
-            self._claim_again(partition, *row)
+        held = self.held[partition]
+        for id_, count, note, postponed, fields in rows:
+            offset = id_.decode()
+            if offset not in held:
+                held[offset] = -count if note or postponed != b"0" else count
+                self.surplus.append(again(partition, offset, count, note, postponed, fields))
         return len(rows), float(first) if first else _NEVER
-
-    def _claim_again(
-        self, partition: int, id_: bytes, count: int, note: bytes, postponed: bytes, fields: Sequence[bytes]
-    ) -> None:
-        offset, held = id_.decode(), self.held[partition]
-        if offset in held:
-            return
-        noted = bool(note) or postponed != b"0"
-        held[offset] = -count if noted else count
-        suspect = int(note.rstrip(b"s")) + 1 if note else 0
-        try:
-            record = entry.read(fields, partition=partition, offset=offset, stored_ms=int(id_.split(b"-")[0]))
-        except WireError as error:
-            self.surplus.append(_fault(partition, offset, fields, count, str(error), suspect))
-        else:
-            self.surplus.append(Claim(Stored(Position(partition, offset), record), count, suspect, int(postponed)))
-
-
-def _fault(partition: int, offset: str, fields: Sequence[bytes], count: int, why: str, suspect: int = 0) -> Claim:
-    record = Record(partition, f"{partition}@{offset}", "", entry.preview(fields).encode())
-    return Claim(Stored(Position(partition, offset), record), count, suspect, 0, why)
 
 
 def _vanished(reply: Exception) -> Exception:

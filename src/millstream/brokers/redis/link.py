@@ -295,9 +295,7 @@ class Link(asyncio.Protocol):
         except hiredis.ProtocolError as error:
             return self._end(BrokerDown(f"{self.target.where} does not speak Redis's protocol ({error})"))
         self._room.set()
-        if (
-            self._complaint and _code(self._complaint) == "READONLY"
-        ):  # demoted: whatever we do here is not on the new master
+        if _code(self._complaint) == "READONLY":  # demoted: whatever we do here is not on the new master
             self._end(self.failure(ReplyError(self._complaint), "write"))
 
     def pause_writing(self) -> None:

@@ -220,6 +220,8 @@ class SQLiteConsumer:
         me, watch_s = self._me, min(WATCH_S, self._subscription.lease_s / 4)
         if me is None:
             return not self._held, watch_s
+        if self._unseen:
+            return True, PAUSE_S
         now_ms, tick = self._clock.now_ms(), self._watch.silent_at(self._clock.monotonic())
         look = await self._broker.reader.ask(lambda db: group.look(db, me, now_ms))
         self._watch.saw(self._clock.monotonic(), look.tick)

@@ -1,0 +1,147 @@
+"""A blocking connection to a Redis server, and the scripts called by hand: for tests that decide the order of each step."""
+
+from __future__ import annotations
+
+import socket
+from types import TracebackType
+from typing import Any, Self
+
+from hiredis import Reader, ReplyError, pack_command
+
+from millstream.brokers.redis.keys import Keys
+from millstream.brokers.redis.scripts import scripts
+
+TIMEOUT_S = 10.0
+
+GROUP = "g"
+KEYS = Keys("", "orders", 1)
+LOG, DUE, NOTE = KEYS.log(0), KEYS.due(0, GROUP), KEYS.note(0, GROUP)
+DEAD, STATS, META = KEYS.dead(0, GROUP), KEYS.stats(0, GROUP), KEYS.meta(0)
+LIVE, TICK = KEYS.live(GROUP), KEYS.tick(GROUP)
+
+
+def fence(consumer: str) -> bytes:
+    return KEYS.fence(GROUP, consumer)
+
+
+class Raw:
+    """One connection. Replies come as they are; `do` and `run` raise error replies, `calls` gives them as values."""
+
+    def __init__(self, port: int) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S)
+        self._reader = Reader()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def send(self, *commands: tuple[Any, ...]) -> None:
+        self._socket.sendall(b"".join(pack_command(command) for command in commands))
+
+    def receive(self, count: int) -> list[Any]:
+        replies: list[Any] = []
+        while len(replies) < count:
+            reply = self._reader.gets()
+            if reply is not False:
+                replies.append(reply)
+                continue
+            received = self._socket.recv(65_536)
+            assert received, "the server ended the connection"
+            self._reader.feed(received)
+        return replies
+
+    def calls(self, *commands: tuple[Any, ...]) -> list[Any]:
+        self.send(*commands)
+        return self.receive(len(commands))
+
+    def do(self, *command: Any) -> Any:
+        (reply,) = self.calls(command)
+        if isinstance(reply, ReplyError):
+            raise reply
+        return reply
+
+    def run(self, name: str, keys: list[bytes], args: list[Any], source: bytes | None = None) -> Any:
+        """A script, as it is in the package or another in its place."""
+        return self.do("EVAL", scripts[name].source if source is None else source, len(keys), *keys, *args)
+
+    # The scripts, with the keys of one group on one partition.
+
+    def join(self, start: str = "0-0", owner: str = "app") -> Any:
+        return self.run("join", [LOG, META, DUE, NOTE], [GROUP, owner, start])
+
+    def enter(self, consumer: str, nonce: str = "") -> Any:
+        return self.run("enter", [fence(consumer), LIVE, TICK], [consumer, nonce or f"n-{consumer}"])
+
+    def beat(self, consumer: str, nonce: str = "") -> Any:
+        return self.run("beat", [fence(consumer), LIVE, TICK, DUE], [consumer, nonce or f"n-{consumer}"])
+
+    def ack(self, consumer: str, *ids: bytes) -> Any:
+        return self.run("ack", [LOG, fence(consumer)], [GROUP, f"n-{consumer}", *ids])
+
+    def settle(self, consumer: str, *items: tuple[Any, ...], max_dead: int = 100) -> Any:
+        words = [word for item in items for word in (*item, "", "")[:5]]
+        keys = [LOG, fence(consumer), DUE, NOTE, DEAD, STATS]
+        return self.run("settle", keys, [GROUP, consumer, f"n-{consumer}", 0, max_dead, *words])
+
+    def take(self, consumer: str, limit: int = 100) -> Any:
+        return self.run("take", [LOG, fence(consumer), DUE, NOTE, STATS], [GROUP, consumer, f"n-{consumer}", limit])
+
+    def recall(self, consumer: str, *ids: bytes) -> Any:
+        return self.run("recall", [LOG, fence(consumer), NOTE, STATS], [GROUP, consumer, f"n-{consumer}", *ids])
+
+    def mark(self, consumer: str, *ids: bytes) -> Any:
+        return self.run("mark", [NOTE, fence(consumer)], [f"n-{consumer}", *ids])
+
+    def evict(
+        self,
+        consumer: str,
+        score: Any,
+        limit: int = 200,
+        *,
+        crashed: int = 1,
+        lone: int = 0,
+        source: bytes | None = None,
+    ) -> Any:
+        keys = [LOG, fence(consumer), LIVE, DUE, NOTE, STATS]
+        return self.run("evict", keys, [GROUP, consumer, score, limit, crashed, lone], source)
+
+    def bury(self, consumer: str, score: Any) -> Any:
+        return self.run("bury", [fence(consumer), LIVE], [consumer, score])
+
+    def adopt(self, consumer: str, idle_ms: int, limit: int = 200) -> Any:
+        return self.run("adopt", [LOG, DUE], [GROUP, consumer, idle_ms, limit])
+
+    def sweep(self, cursor: bytes | str = "-", often_ms: int = 0, limit: int = 200) -> Any:
+        return self.run("sweep", [LOG, META, DUE], [GROUP, cursor, often_ms, limit])
+
+    def replay(self, letter: bytes, id_: bytes) -> Any:
+        return self.run("replay", [LOG, DUE, DEAD, STATS, NOTE], [GROUP, letter, id_])
+
+    def drop(self, letter: bytes) -> Any:
+        return self.run("drop", [DEAD, STATS], [letter])
+
+    # What there is.
+
+    def add(self, count: int = 1) -> list[bytes]:
+        return [self.do("XADD", LOG, "*", "type", "t", "data", "{}") for _ in range(count)]
+
+    def read(self, consumer: str, count: int = 100) -> list[bytes]:
+        found = self.do("XREADGROUP", "GROUP", GROUP, consumer, "COUNT", count, "STREAMS", LOG, ">")
+        return [id_ for id_, _ in found[0][1]] if found else []
+
+    def pending(self, consumer: str | None = None) -> list[tuple[bytes, bytes, int]]:
+        rows = self.do("XPENDING", LOG, GROUP, "-", "+", 10_000, *([consumer] if consumer else []))
+        return [(id_, owner, count) for id_, owner, _, count in rows]
+
+    def score(self, consumer: str) -> bytes:
+        found: bytes | None = self.do("ZSCORE", LIVE, consumer)
+        return found or b""
+
+    def group(self) -> dict[bytes, Any]:
+        (info,) = self.do("XINFO", "GROUPS", LOG)
+        return dict(zip(info[::2], info[1::2], strict=True))

@@ -1,0 +1,119 @@
+"""Streams and positions."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from millstream.errors import BadEvent, BadSetting, BadStream
+from millstream.event import Event, event
+from millstream.stream import Position, Stream
+from millstream.units import MAX_PARTITIONS
+
+
+class Placed(Event, type="order.placed"):
+    order_id: str
+    number: int = 0
+
+
+class Cancelled(Event, type="order.cancelled"):
+    order_id: str
+
+
+class Nameless(Event):
+    order_id: str
+
+
+@event("order.placed")
+@dataclass
+class Impostor:
+    order_id: str
+
+
+def test_a_stream_knows_its_types_by_their_names_on_the_wire() -> None:
+    orders = Stream("orders", Placed | Cancelled)
+    assert orders.types == {"order.placed": Placed, "order.cancelled": Cancelled}
+    assert repr(orders) == "Stream('orders', Placed | Cancelled)"
+
+
+def test_a_stream_with_a_key_has_eight_partitions_and_one_without_has_one() -> None:
+    assert Stream("orders", Placed).partitions == 1
+    assert Stream("orders", Placed, key="order_id").partitions == 8
+    assert Stream("orders", Placed, key="order_id", partitions=3).partitions == 3
+
+
+def test_a_key_is_recorded_by_its_name() -> None:
+    assert Stream("orders", Placed).key_name == ""
+    assert Stream("orders", Placed, key="order_id").key_name == "order_id"
+    assert Stream("orders", Placed, key=lambda placed: placed.order_id).key_name == "()"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("o-1", "o-1"), ("", ""), (7, "7"), (UUID(int=1), "00000000-0000-0000-0000-000000000001")],
+)
+def test_text_integers_and_uuids_are_keys(value: str | int | UUID, expected: str) -> None:
+    assert Stream("orders", Placed, key=lambda _: value).key_of(Placed(order_id="x")) == expected
+
+
+@pytest.mark.parametrize("value", [None, 1.5, True, b"x", ["x"]])
+def test_nothing_else_is_a_key(value: Any) -> None:
+    with pytest.raises(BadEvent, match=r"the key of Placed is .*; it must be"):
+        Stream("orders", Placed, key=lambda _: value).key_of(Placed(order_id="x"))
+
+
+def test_without_a_key_there_is_none() -> None:
+    assert Stream("orders", Placed).key_of(Placed(order_id="x")) is None
+
+
+def test_a_key_must_be_a_field_of_every_type() -> None:
+    with pytest.raises(BadStream, match="'number' is not a field of Cancelled"):
+        Stream("orders", Placed | Cancelled, key="number")
+
+
+def test_two_classes_of_one_name_do_not_share_a_stream() -> None:
+    with pytest.raises(BadStream, match=r"Placed and Impostor are both named 'order\.placed'"):
+        Stream("orders", Placed | Impostor)
+
+
+@pytest.mark.parametrize("events", [Nameless, Placed | Nameless, int, "Placed", None, list[Placed]])
+def test_what_has_no_name_is_not_carried(events: Any) -> None:
+    with pytest.raises(BadStream, match="stream 'orders'"):
+        Stream("orders", events)
+
+
+@pytest.mark.parametrize("partitions", [0, -1, MAX_PARTITIONS + 1, 1.5, "8"])
+def test_an_unusable_number_of_partitions_is_refused(partitions: Any) -> None:
+    with pytest.raises(BadStream, match="partitions"):
+        Stream("orders", Placed, partitions=partitions)
+
+
+def test_other_unusable_declarations_are_refused() -> None:
+    with pytest.raises(BadStream, match="others"):
+        Stream("orders", Placed, others="keep")  # type: ignore[arg-type]
+    with pytest.raises(BadSetting, match="stream"):
+        Stream("or/ders", Placed)
+
+
+@given(st.integers(min_value=0, max_value=MAX_PARTITIONS), st.text(min_size=1))
+def test_a_position_survives_being_written_and_read(partition: int, offset: str) -> None:
+    position = Position(partition, offset)
+    assert Position.parse(str(position)) == position
+
+
+@given(st.text())
+def test_reading_a_position_raises_only_value_errors(text: str) -> None:
+    with contextlib.suppress(ValueError):
+        assert Position.parse(text).offset
+
+
+@pytest.mark.parametrize("text", ["", "3", "3@", "@1", "-1@1", "x@1", "1.5@1", " 1@1", "1 @1"])
+def test_what_is_no_position_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a position"):
+        Position.parse(text)
