@@ -18,6 +18,17 @@ from typing import Any, Protocol
 # CLOCK_BOOTTIME goes on counting while a laptop sleeps, so a suspended process does not trust an old lease.
 _BOOT = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
+_forks = 0  # how often this process was forked off; asking for its number would cost more than the rest of an id
+
+
+def _forked() -> None:
+    global _forks
+    _forks += 1
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
+    os.register_at_fork(after_in_child=_forked)
+
 _ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
@@ -35,7 +46,7 @@ class Clock:
     def __init__(self) -> None:
         self._prefix = ""
         self._issued = 0
-        self._pid = 0
+        self._fork = -1
 
     def now_ms(self) -> int:
         """Wall clock time, in milliseconds since the epoch. For people and event times, never for liveness."""
@@ -78,8 +89,8 @@ class Clock:
 
     def new_id(self) -> str:
         """An event id of at most 24 characters, unique across processes: a random prefix and a counter."""
-        if self._pid != os.getpid():  # a forked child must not go on counting with its parent's prefix
-            self._pid, self._prefix, self._issued = os.getpid(), self.nonce(), 0
+        if self._fork != _forks:  # a forked child must not go on counting with its parent's prefix
+            self._fork, self._prefix, self._issued = _forks, self.nonce(), 0
         self._issued += 1
         return f"{self._prefix}{self._issued:x}"
 

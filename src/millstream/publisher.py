@@ -7,8 +7,9 @@ the next one: a thousand `await publish()` at once cost two writes, a lone one g
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from itertools import islice
 from typing import Any, NamedTuple
 
 import msgspec
@@ -32,6 +33,8 @@ from millstream.wire.partition import partition_of
 
 MAX_WAITING = 100_000  # records waiting for a write; past it `publish` waits its turn instead of filling the memory
 
+PORTION_S = 0.1  # a slow source of events does not hold up those that have come
+
 CAUSATION = "causation"  # id of the event whose handler published this one
 CORRELATION = "correlation"  # id of the event with which it all began
 
@@ -44,6 +47,14 @@ class _Route(NamedTuple):
     stream: Stream[Any]
     type: str
     encode: Callable[[Any], bytes]
+
+
+class _Chunk(NamedTuple):
+    """What one write stores."""
+
+    stream: Stream[Any]
+    records: list[Record]
+    events: Sequence[Any]
 
 
 class Publisher:
@@ -92,25 +103,9 @@ class Publisher:
     async def publish_many(self, events: Iterable[Any] | AsyncIterable[Any], to: Stream[Any] | None) -> list[Position]:
         """Store many events, in chunks; see `App.publish_many`."""
         positions: list[Position] = []
-        async for chunk in self._chunks(events, to):
-            stream = chunk[0][0]
-            if stream.name not in self._declared:
-                await self._declare(stream)
-            try:
-                positions += await self._broker.append(stream.name, [record for _, record, _ in chunk])
-            except Unconfirmed as error:
-                doubtful = [
-                    _envelope(event, record)
-                    for (_, record, event), result in zip(chunk, error.results, strict=True)
-                    if not isinstance(result, Position)
-                ]
-                stored = [result for result in error.results if isinstance(result, Position)]
-                raise Unconfirmed(str(error), envelopes=doubtful, results=positions + stored) from error
-            except BrokerError as error:
-                envelopes = [_envelope(event, record) for _, record, event in chunk]
-                raise Unconfirmed(
-                    f"{error}; none of these was stored", envelopes=envelopes, results=positions
-                ) from error
+        async for portion in _portions(events, self._clock):
+            for chunk in self._chunks(portion, to):
+                positions += await self._append(chunk, positions)
         return positions
 
     def stage(self, delivery: Delivery[Any], event: Any, to: Stream[Any] | None) -> Output:
@@ -173,25 +168,44 @@ class Publisher:
         partition = partition_of(id_ if key is None else key, stream.partitions)
         return Record(partition, id_, route.type, data, key, 0, headers, None, self._source)
 
-    async def _chunks(
-        self, events: Iterable[Any] | AsyncIterable[Any], to: Stream[Any] | None
-    ) -> AsyncIterator[list[tuple[Stream[Any], Record, Any]]]:
-        """Records of one stream at a time, as many as one write takes."""
-        chunk: list[tuple[Stream[Any], Record, Any]] = []
-        size = 0
-        async for event in _aiter(events):
+    def _chunks(self, events: Sequence[Any], to: Stream[Any] | None) -> Iterator[_Chunk]:
+        """One write after the other: of one stream, and of a limited size."""
+        records: list[Record] = []
+        begin = size = 0
+        stream: Stream[Any] | None = None
+        for index, event in enumerate(events):
             route = self._route(event, to)
             envelope = event if isinstance(event, Envelope) else None
             record = self._record(route, event if envelope is None else envelope.event, envelope, b"")
             size += len(record.data)
-            if chunk and (
-                len(chunk) >= MAX_APPEND_RECORDS or size > MAX_APPEND_BYTES or chunk[0][0] is not route.stream
-            ):
-                yield chunk
-                chunk, size = [], len(record.data)
-            chunk.append((route.stream, record, event))
-        if chunk:
-            yield chunk
+            if stream is not None and (stream is not route.stream or size > MAX_APPEND_BYTES):
+                yield _Chunk(stream, records, events[begin:index])
+                records, begin, size = [], index, len(record.data)
+            stream = route.stream
+            records.append(record)
+        if stream is not None:
+            yield _Chunk(stream, records, events[begin:])
+
+    async def _append(self, chunk: _Chunk, stored: list[Position]) -> list[Position]:
+        if chunk.stream.name not in self._declared:
+            await self._declare(chunk.stream)
+        try:
+            return await self._broker.append(chunk.stream.name, chunk.records)
+        except Unconfirmed as error:
+            results: Sequence[Any] = error.results
+            reason = str(error)
+            cause: Exception = error
+        except BrokerError as error:
+            results = [None] * len(chunk.records)
+            reason = f"{error}; none of these was stored"
+            cause = error
+        again = [
+            _envelope(event, record)
+            for event, record, result in zip(chunk.events, chunk.records, results, strict=True)
+            if not isinstance(result, Position)
+        ]
+        positions = stored + [result for result in results if isinstance(result, Position)]
+        raise Unconfirmed(reason, envelopes=again, results=positions) from cause
 
     def _writer(self, stream: str) -> _Writer:
         writer = self._writers.get(stream)
@@ -296,10 +310,17 @@ def _headers(headers: Mapping[str, str]) -> bytes:
     return _json(dict(headers))
 
 
-async def _aiter(events: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[Any]:
-    if isinstance(events, AsyncIterable):
-        async for event in events:
-            yield event
-    else:
-        for event in events:
-            yield event
+async def _portions(events: Iterable[Any] | AsyncIterable[Any], clock: Clock) -> AsyncIterator[list[Any]]:
+    """As many events at a time as one write takes: so that what is done for each is not done through an async iterator."""
+    if not isinstance(events, AsyncIterable):
+        source = iter(events)
+        while portion := list(islice(source, MAX_APPEND_RECORDS)):
+            yield portion
+        return
+    portion, began = [], clock.monotonic()
+    async for event in events:
+        portion.append(event)
+        if len(portion) == MAX_APPEND_RECORDS or clock.monotonic() - began > PORTION_S:
+            yield portion
+            portion, began = [], clock.monotonic()
+    yield portion
