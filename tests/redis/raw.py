@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,7 +28,9 @@ def fence(consumer: str) -> bytes:
 class Raw:
     """One connection. Replies come as they are; `do` and `run` raise error replies, `calls` gives them as values."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, sources: Mapping[str, bytes] | None = None) -> None:
+        """`sources` replace scripts of the package."""
+        self._sources = {name: script.source for name, script in scripts.items()} | dict(sources or {})
         self._socket = socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S)
         self._reader = Reader()
 
@@ -65,9 +68,8 @@ class Raw:
             raise reply
         return reply
 
-    def run(self, name: str, keys: list[bytes], args: list[Any], source: bytes | None = None) -> Any:
-        """A script, as it is in the package or another in its place."""
-        return self.do("EVAL", scripts[name].source if source is None else source, len(keys), *keys, *args)
+    def run(self, name: str, keys: list[bytes], args: list[Any]) -> Any:
+        return self.do("EVAL", self._sources[name], len(keys), *keys, *args)
 
     # The scripts, with the keys of one group on one partition.
 
@@ -97,18 +99,9 @@ class Raw:
     def mark(self, consumer: str, *ids: bytes) -> Any:
         return self.run("mark", [NOTE, fence(consumer)], [f"n-{consumer}", *ids])
 
-    def evict(
-        self,
-        consumer: str,
-        score: Any,
-        limit: int = 200,
-        *,
-        crashed: int = 1,
-        lone: int = 0,
-        source: bytes | None = None,
-    ) -> Any:
+    def evict(self, consumer: str, score: Any, limit: int = 200, *, crashed: int = 1, lone: int = 0) -> Any:
         keys = [LOG, fence(consumer), LIVE, DUE, NOTE, STATS]
-        return self.run("evict", keys, [GROUP, consumer, score, limit, crashed, lone], source)
+        return self.run("evict", keys, [GROUP, consumer, score, limit, crashed, lone])
 
     def bury(self, consumer: str, score: Any) -> Any:
         return self.run("bury", [fence(consumer), LIVE], [consumer, score])

@@ -17,6 +17,7 @@ from millstream.brokers.redis.link import Link
 from millstream.clock import Clock
 from millstream.errors import (
     BadSetting,
+    BadStream,
     BrokerDown,
     BrokerError,
     BrokerFull,
@@ -191,14 +192,16 @@ async def test_of_two_who_declare_at_once_one_decides(server: RedisServer) -> No
 
 async def test_a_stream_is_looked_up_where_somebody_else_declared_it(server: RedisServer) -> None:
     async with opened(server.url, ORDERS), opened(server.url) as other:
-        with pytest.raises(BrokerRefused, match="not declared yet"):
+        with pytest.raises(BadStream, match="not declared yet"):
             other.keys("orders")
         assert await other.spec("orders") == ORDERS
         assert other.keys("orders").log(3) == b"orders:3"
         assert len(await other.append("orders", records(8, partitions=4))) == 8
-        for use in (other.append("payments", records(1)), other.read("payments", 0, None, 1), other.spec("payments")):
+        for use in (other.append("payments", records(1)), other.read("payments", 0, None, 1)):
             with pytest.raises(BrokerRefused, match="'payments' is not declared on redis://"):
                 await use
+        with pytest.raises(BadStream, match="'payments' is not declared on redis://"):
+            await other.spec("payments")
 
 
 async def test_a_key_of_another_kind_is_refused_when_the_stream_is_declared(server: RedisServer) -> None:

@@ -11,7 +11,7 @@ import click
 
 from millstream.brokers.base import Broker, DeadLetter, GroupInfo
 from millstream.cli import show, target
-from millstream.cli.main import DONE, INTERRUPTED, PART, Command, Given, Group
+from millstream.cli.main import DONE, INTERRUPTED, PART, Command, Given, Group, Mistake
 from millstream.cli.show import Column, Output
 from millstream.clock import Clock
 
@@ -25,9 +25,7 @@ _COLUMNS = (
     Column("TYPE", "type"),
     Column("REASON", "reason"),
     Column("TRIES", "attempts", show.count),
-    Column(
-        "ERROR", "error", lambda error: show.text(error.strip().splitlines()[0] if error.strip() else ""), elastic=True
-    ),
+    Column("ERROR", "error", lambda error: show.text(error.rstrip().rpartition("\n")[2]), elastic=True),
 )
 _LINES = (
     Column("group", "name"),
@@ -78,7 +76,7 @@ class Filters:
     since: int | None = None
 
     async def wanted(self, broker: Broker) -> Wanted:
-        """Raises a usage error for an unknown group."""
+        """Raises `Mistake` for an unknown group."""
         found = await target.find_groups(broker, self.group)
         return Wanted(found, frozenset(self.ids), self.type, self.reason, self.since)
 
@@ -182,10 +180,10 @@ async def _show(given: Given, filters: Filters, output: Output) -> None:
     async with target.find(given).opened() as broker:
         found = [letter async for letter in _letters(broker, await filters.wanted(broker))]
     if not found:
-        raise click.UsageError(f"There is no dead letter with the id or position {filters.ids[0]!r}.")
+        raise Mistake(f"There is no dead letter with the id or position {filters.ids[0]!r}.")
     if len(found) > 1:
         names = " or ".join(sorted({_name(letter) for letter in found}))
-        raise click.UsageError(f"Several groups gave {filters.ids[0]!r} up: say --group {names}.")
+        raise Mistake(f"Several groups gave {filters.ids[0]!r} up: say --group {names}.")
     letter = found[0]
     event = show.event(letter.stored) | _summary(letter)
     show.one(event, _LINES, output)
@@ -220,10 +218,10 @@ class _Change:
             total = sum(planned.values())
             if self._plan or not total:
                 return PART if unknown else DONE
-            show.confirm(f"{self._verb.capitalize()} {total:,} dead letters?", yes=self._yes)
+            show.confirm(f"{self._verb.capitalize()} {show.many(total, 'dead letter')}?", yes=self._yes)
             act = broker.admin.replay if self._verb == "replay" else broker.admin.drop
             cut = await self._carry_out(broker, wanted, planned, act, meant.clock)
-        click.echo(f"{self._past} {self._done:,} dead letters")
+        click.echo(f"{self._past} {show.many(self._done, 'dead letter')}")
         if self._gone:
             show.note(f"{len(self._gone):,} could not be: the letter or its event is gone: {_named(self._gone)}")
         if cut:
@@ -242,7 +240,7 @@ class _Change:
             reasons[_name(letter), letter.reason] += 1
             letters[letter.stream, letter.group] += 1
         lines = [{"name": name, "reason": reason, "letters": n} for (name, reason), n in sorted(reasons.items())]
-        show.note(f"plan: {self._verb} {letters.total():,} dead letters")
+        show.note(f"plan: {self._verb} {show.many(letters.total(), 'dead letter')}")
         show.rows(lines, _PLAN, "table", err=True)
         return letters
 
@@ -258,7 +256,7 @@ class _Change:
         interrupt, total = target.Interrupt(), left.total()
         begun_s = clock.monotonic()
         try:
-            with interrupt.caught(), show.Progress(f"{self._verb}ing", "letters", clock, total) as progress:
+            with interrupt.caught(), show.Progress(f"{self._verb}ing", "letter", clock, total) as progress:
                 async for page in _pages(broker, wanted, left, self._page):
                     if self._rate:
                         due_s = begun_s + (self._done + len(self._gone)) / self._rate

@@ -140,7 +140,7 @@ class _Load:
     async def run(self, meant: Target, stream: str) -> int:
         """The exit code."""
         async with outlet(meant, stream) as out:
-            progress = show.Progress("publishing", "events", meant.clock)
+            progress = show.Progress("publishing", "event", meant.clock)
             try:
                 with progress, self._interrupt.caught():
                     await self._load(out, meant, progress)
@@ -205,7 +205,7 @@ class _Load:
         click.echo(f"{self._stored:,} published")
         if self._trouble:
             show.note(
-                f"{self._trouble}; {self._stored:,} events were stored, correct it and go on with --from-line {self._next}"
+                f"{self._trouble}; {show.many(self._stored, 'event')} stored before it; correct it and go on with --from-line {self._next}"
             )
         elif cut:
             show.note(f"stopped: go on with --from-line {self._next}{self._doubt}")

@@ -9,7 +9,7 @@ import msgspec
 
 from millstream.brokers.base import Broker, GroupInfo, PendingInfo
 from millstream.cli import show, target
-from millstream.cli.main import Given, Group
+from millstream.cli.main import Given, Group, Mistake
 from millstream.cli.show import Column, Output
 from millstream.units import check_name
 
@@ -112,7 +112,7 @@ async def _adopt(given: Given, name: str, owner: str | None, plan: bool, yes: bo
     meant = target.find(given)
     new = owner or (meant.app.name if meant.app else "")
     if not new:
-        raise click.UsageError("Adopted by which app? Give --owner NAME or --app.")
+        raise Mistake("Adopted by which app? Give --owner NAME or --app.")
     check_name("app", new)
     async with meant.opened() as broker:
         info = await target.find_group(broker, name)
@@ -124,10 +124,10 @@ async def _change_owner(broker: Broker, info: GroupInfo, new: str, plan: bool, y
     if info.owner == new:
         show.note(f"{named} belongs to {new} already")
         return
-    left = "an unknown number of" if info.lag is None else f"{info.lag + info.pending:,}"
-    show.note(f"plan: {named} changes from app {info.owner or '-'} to {new}, with {left} unfinished events")
+    left = "an unknown number of events" if info.lag is None else show.many(info.lag + info.pending, "event")
+    show.note(f"plan: {named} changes from app {info.owner or '-'} to {new}, with {left} that are not settled")
     if info.consumers:
-        show.note(f"{info.consumers} of its consumers are running now: they go on until they are stopped")
+        show.note(f"{show.many(info.consumers, 'consumer')} of it run now, and go on until they are stopped")
     if plan:
         return
     show.confirm(f"Give {named} to {new}?", yes=yes)

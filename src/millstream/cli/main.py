@@ -51,6 +51,12 @@ EXIT_CODES = {
 }
 
 
+class Mistake(click.ClickException):
+    """What was asked for does not exist, or cannot be meant: said in one line that needs no look at --help."""
+
+    exit_code = USAGE
+
+
 class NotConfirmed(click.ClickException):
     """Nothing was changed, since nobody said yes."""
 

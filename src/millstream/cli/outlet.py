@@ -7,12 +7,12 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any, NoReturn, Protocol
 
-import click
 import msgspec
 
 from millstream.app import App
 from millstream.brokers.base import Broker, Position, Record, StreamSpec
 from millstream.cli import show, target
+from millstream.cli.main import Mistake
 from millstream.cli.target import Target
 from millstream.clock import Clock
 from millstream.delivery import Envelope
@@ -26,7 +26,7 @@ from millstream.wire.partition import partition_of
 MAX_LINE_BYTES = 4 * MAX_EVENT_BYTES  # an event at its limit, with escapes and its envelope
 
 
-class Unfit(click.UsageError):
+class Unfit(Mistake):
     """An event cannot be published as it was written."""
 
 
@@ -71,7 +71,7 @@ class Outlet(Protocol):
 
 @asynccontextmanager
 async def outlet(meant: Target, name: str) -> AsyncIterator[Outlet]:
-    """Where events of this stream go, open. Raises a usage error for an unknown stream."""
+    """Where events of this stream go, open. Raises `Mistake` for an unknown stream."""
     declared = meant.stream(name)
     if meant.app is not None and declared is not None:
         async with meant.app:
@@ -212,13 +212,12 @@ def _from_words(cls: type, data: Mapping[str, Any]) -> Any:
     unknown = data.keys() - set(names)
     if unknown and validate is None:
         _unfit(f"{cls.__name__} has no field {', '.join(sorted(unknown))}, but {', '.join(names)}")
-    if validate is None:
-        return msgspec.convert(data, cls, strict=False, str_keys=True)
     try:
-        return validate(data)
+        return validate(data) if validate else msgspec.convert(data, cls, strict=False, str_keys=True)
     except ValueError as error:
-        details: Any = getattr(error, "errors", list)()
-        _unfit("; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in details[:3]) or str(error))
+        details: Any = getattr(error, "errors", list)()  # pydantic's own list: its text has several lines
+        words = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in details[:3])
+        _unfit(f"{cls.__name__}: {words or error}")
 
 
 def field(word: str) -> tuple[str, Any]:

@@ -11,7 +11,7 @@ import click
 from millstream.app import App
 from millstream.brokers.urls import mask
 from millstream.cli import show, target
-from millstream.cli.main import DONE, PART, Command, Given
+from millstream.cli.main import DONE, PART, Command, Given, Mistake
 from millstream.cli.show import Column, Output
 from millstream.demo.app import DEFAULT_SPEED, DemoOptions, Summary, play
 from millstream.errors import MillstreamError
@@ -54,7 +54,7 @@ def run(given: Given, name: str | None, workers: int, only: tuple[str, ...], gra
     """
     meant = target.find(given, name, announce=not is_child())
     if meant.app is None:
-        raise click.UsageError("Run which app? Give one, as in: millstream run shop.main:app")
+        raise Mistake("Run which app? Give one, as in: millstream run shop.main:app")
     app = meant.app
     if grace is not None:
         app.configure(grace=seconds(grace))
@@ -97,10 +97,10 @@ def demo(given: Given, events: int, speed: str, keep: bool, output: Output) -> i
 def _check_groups(app: App, only: tuple[str, ...]) -> None:
     known = sorted({group.name for group in app.groups()})
     if not known and not app.listeners():
-        raise click.UsageError(f"{app.name} has no handlers: give App(…, include=[router]) a router with subscribers.")
+        raise Mistake(f"{app.name} has no handlers: give App(…, include=[router]) a router with subscribers.")
     for name in only:
         if name not in known:
-            raise click.UsageError(f"{app.name} has no group {name!r}; it has: {', '.join(known) or 'none'}.")
+            raise Mistake(f"{app.name} has no group {name!r}; it has: {', '.join(known) or 'none'}.")
 
 
 def _say_what_runs(app: App, only: tuple[str, ...]) -> None:
@@ -121,7 +121,7 @@ def _speed(text: str) -> float | None:
     except ValueError:
         speed = 0.0
     if not 0 < speed < float("inf"):
-        raise click.UsageError(f"--speed {text}: a number above zero, or max.")
+        raise Mistake(f"--speed {text}: a number above zero, or max.")
     return speed
 
 

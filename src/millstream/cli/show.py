@@ -69,6 +69,11 @@ def iso(value_ms: int) -> str:
     return datetime.fromtimestamp(value_ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def many(number: int, noun: str) -> str:
+    """`1 event`, `2,000 events`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def span(seconds: float) -> str:
     """A length of time: `8s`, `3m 05s`, `2h 10m`."""
     whole = round(seconds)
@@ -110,6 +115,11 @@ class Column(NamedTuple):
     form: Callable[[Any], str] = text
     elastic: bool = False
     """Cut when the terminal is too narrow: one column at most."""
+
+    @property
+    def right(self) -> bool:
+        """Numbers stand right."""
+        return self.form in (count, size)
 
 
 def rows(items: Sequence[Row], columns: Sequence[Column], output: Output, *, err: bool = False) -> None:
@@ -188,9 +198,7 @@ class EventLines:
         elif self._output == "jsonl":
             click.echo(msgspec.json.encode(event))
         else:
-            click.echo(
-                b"  " + msgspec.json.encode(event) if self._shown else b"[\n  " + msgspec.json.encode(event), nl=False
-            )
+            click.echo((b",\n  " if self._shown else b"[\n  ") + msgspec.json.encode(event), nl=False)
         self._shown += 1
 
     def _line(self, event: Row) -> str:
@@ -251,11 +259,10 @@ class Progress:
     def summary(self, done: int) -> str:
         """How many in which time, at which rate."""
         elapsed_s = self._clock.monotonic() - self._begun_s
-        rate = f", {done / elapsed_s:,.0f}/s" if elapsed_s > 0.1 else ""
-        return f"{done:,} {self._unit} in {elapsed_s:.1f}s{rate}"
+        return f"{many(done, self._unit)} in {elapsed_s:.2f} s, {done / max(elapsed_s, 0.001):,.0f}/s"
 
     def _words(self, done: int, part: float | None, elapsed_s: float) -> str:
-        words = f"{done:,} {self._unit}  {done / elapsed_s:,.0f}/s"
+        words = f"{many(done, self._unit)}  {done / elapsed_s:,.0f}/s"
         return words if not part else f"{words}  {part:.0%}  {span(elapsed_s * (1 - part) / part)} left"
 
 
@@ -295,12 +302,11 @@ def _picture(at: DemoProgress) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    head = Table.grid(padding=(0, 2))
-    when = f"{at.time:%Y-%m-%d %H:%M}" if at.time else ""
+    when = f"  {at.time:%Y-%m-%d %H:%M}" if at.time else ""
+    head = Text.assemble(("Flights from New York", "bold"), when, (f"  {at.phase}", "dim"))
+    bar = Table.grid(padding=(0, 2))
     numbers = f"{at.published:,} of {at.events:,} events  {at.rate:,.0f}/s  {span(at.elapsed_s)}"
-    head.add_row(
-        Text("Flights from New York", style="bold"), Text(when), ProgressBar(at.events, at.published, width=16), numbers
-    )
+    bar.add_row(ProgressBar(at.events, at.published, width=24), numbers)
     airports = _grid("AIRPORT", "DEPARTED", "LATE", "LANDED", "CANCELLED", "LATEST")
     for airport in at.airports:
         counts = map(count, (airport.departed, airport.late, airport.landed, airport.cancelled))
@@ -319,17 +325,16 @@ def _picture(at: DemoProgress) -> RenderableType:
         alerts.add_row(Text(text(alert)))
     below = Table.grid(padding=(0, 4))
     below.add_row(carriers, alerts)
-    return Group(head, airports, groups, below, Text(at.phase + " …", style="dim"))
+    return Group(head, bar, "", airports, "", groups, "", below, "")
 
 
-def _grid(first: str, *others: str) -> Table:
+def _grid(*titles: str) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    table.add_column(first, no_wrap=True)
-    for title in others:
-        table.add_column(title, justify="left" if title == "LATEST" else "right", no_wrap=True)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    for index, title in enumerate(titles):
+        table.add_column(title, justify="left" if index == 0 or title == "LATEST" else "right", no_wrap=True)
     return table
 
 
@@ -343,43 +348,46 @@ def _json(data: bytes) -> Any:
 
 
 def _table(items: Sequence[Row], columns: Sequence[Column], err: bool) -> None:
-    from rich.box import SIMPLE_HEAD
+    cells = [[column.form(item.get(column.field)) for column in columns] for item in items]
+    if is_terminal(sys.stderr if err else sys.stdout):
+        _draw_table(cells, columns, err)
+        return
+    # Nothing is cut, drawn or wrapped: the reader is a program or a file.
+    lines = [[column.title for column in columns], *cells]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        padded = [
+            cell.rjust(width) if column.right else cell.ljust(width)
+            for cell, width, column in zip(line, widths, columns, strict=True)
+        ]
+        click.echo("  ".join(padded).rstrip(), err=err)
+
+
+def _draw_table(cells: Sequence[Sequence[str]], columns: Sequence[Column], err: bool) -> None:
     from rich.cells import cell_len
-    from rich.table import Table
     from rich.text import Text
 
-    console = _console(err=err)
-    cells = [[column.form(item.get(column.field)) for column in columns] for item in items]
-    widths = [
-        max(map(cell_len, (title, *texts)))
-        for title, texts in zip(_titles(columns), zip(*cells, strict=True), strict=True)
-    ]
-    table = Table(box=SIMPLE_HEAD if console.is_terminal else None, pad_edge=False, header_style="bold")
-    for index, column in enumerate(columns):
-        right = column.form in (count, size)
-        room = console.width - sum(widths) + widths[index] - 2 * len(columns) - 2
+    console, table = _console(err=err), _grid()
+    texts = zip([column.title for column in columns], *cells, strict=True)
+    widths = [max(map(cell_len, column)) for column in texts]
+    for width, column in zip(widths, columns, strict=True):
+        room = console.width - sum(widths) + width - 2 * len(columns)
         table.add_column(
-            Text(column.title),
-            justify="right" if right else "left",
+            column.title,
+            justify="right" if column.right else "left",
             no_wrap=True,
-            max_width=max(room, 8) if column.elastic and console.is_terminal else None,
+            max_width=max(room, 8) if column.elastic else None,
         )
     for line in cells:
-        table.add_row(*(Text(cell) for cell in line))
+        table.add_row(*map(Text, line))
     console.print(table)
-
-
-def _titles(columns: Sequence[Column]) -> list[str]:
-    return [column.title for column in columns]
 
 
 def _console(*, err: bool = False) -> Console:
     from rich.console import Console
 
     file = sys.stderr if err else sys.stdout
-    terminal = is_terminal(file)
-    # Where there is no terminal nothing is cut or wrapped: the reader is a program or a file.
-    return Console(file=file, force_terminal=terminal, width=None if terminal else 10_000, highlight=False)
+    return Console(file=file, force_terminal=is_terminal(file), highlight=False)
 
 
 def _dim(words: str) -> str:

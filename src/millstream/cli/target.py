@@ -22,7 +22,7 @@ import click
 from millstream.app import App
 from millstream.brokers.base import Broker, GroupInfo, StreamInfo
 from millstream.brokers.urls import broker_for, mask
-from millstream.cli.main import Given
+from millstream.cli.main import Given, Mistake
 from millstream.clock import Clock
 from millstream.errors import BadHandler, BadSetting, ConfigError
 from millstream.publisher import spec_of
@@ -102,7 +102,7 @@ def find(given: Given, app: str | None = None, *, announce: bool = True) -> Targ
     elif url:
         target = Target(url)
     else:
-        raise click.UsageError(
+        raise Mistake(
             "Which broker? Give --app shop.main:app or --broker sqlite:///shop.db, or set MILLSTREAM_APP or "
             "MILLSTREAM_BROKER."
         )
@@ -123,16 +123,16 @@ def load(name: str, root: str, *, factory: bool) -> App:
         if factory and callable(found):
             found = found()
     except (Exception, SystemExit) as error:
-        raise click.UsageError(f"Cannot load the app {name!r}: {blame(error)}") from error
+        raise Mistake(f"Cannot load the app {name!r}: {blame(error)}") from error
     if isinstance(found, App):
         return found
     apps = ", ".join(f"{module_name}:{known}" for known, value in vars(module).items() if isinstance(value, App))
     hint = "use --factory if it is a function" if callable(found) else f"the module has {apps or 'no app'}"
-    raise click.UsageError(f"{module_name}:{attribute or 'app'} is not an app; {hint}.")
+    raise Mistake(f"{module_name}:{attribute or 'app'} is not an app; {hint}.")
 
 
 async def find_stream(broker: Broker, name: str, meant: Target, *, make: bool = False) -> StreamInfo:
-    """The stream of this name, else a usage error that names those there are.
+    """The stream of this name, else a `Mistake` that names those there are.
 
     `make`: one that only the app knows so far is made, as its first event would make it.
     """
@@ -143,9 +143,9 @@ async def find_stream(broker: Broker, name: str, meant: Target, *, make: bool = 
     if name in known:
         return known[name]
     if declared is not None:
-        raise click.UsageError(f"Stream {name!r} is declared, but holds nothing yet: its first event makes it.")
+        raise Mistake(f"Stream {name!r} is declared, but holds nothing yet: its first event makes it.")
     names = known.keys() | (meant.app.all_streams().keys() if meant.app else set())
-    raise click.UsageError(f"There is no stream {name!r}; there are: {_listed(names)}.")
+    raise Mistake(f"There is no stream {name!r}; there are: {_listed(names)}.")
 
 
 async def all_groups(broker: Broker) -> list[GroupInfo]:
@@ -154,14 +154,14 @@ async def all_groups(broker: Broker) -> list[GroupInfo]:
 
 
 async def find_groups(broker: Broker, name: str | None) -> list[GroupInfo]:
-    """The groups meant by `billing` or `orders/billing`; without a name all. Never none: that is a usage error."""
+    """The groups meant by `billing` or `orders/billing`; without a name all. Never none: that is a `Mistake`."""
     groups = await all_groups(broker)
     if name is None:
         return groups
     found = [group for group in groups if name in (group.group, f"{group.stream}/{group.group}")]
     if not found:
         known = _listed(f"{group.stream}/{group.group}" for group in groups)
-        raise click.UsageError(f"There is no group {name!r}; there are: {known}.")
+        raise Mistake(f"There is no group {name!r}; there are: {known}.")
     return found
 
 
@@ -169,7 +169,7 @@ async def find_group(broker: Broker, name: str) -> GroupInfo:
     """The one group meant by `billing` or `orders/billing`."""
     found = await find_groups(broker, name)
     if len(found) > 1:
-        raise click.UsageError(f"Which {name!r}? Say {' or '.join(f'{g.stream}/{g.group}' for g in found)}.")
+        raise Mistake(f"Which {name!r}? Say {' or '.join(f'{g.stream}/{g.group}' for g in found)}.")
     return found[0]
 
 
@@ -199,7 +199,9 @@ class Interrupt:
                 loop.remove_signal_handler(signal.SIGINT)
 
     def _signalled(self, task: asyncio.Task[Any] | None) -> None:
-        if self.asked.is_set() and task is not None:
+        if not self.asked.is_set():
+            click.echo("stopping; Ctrl-C again cuts it off", err=True)
+        elif task is not None:
             task.cancel()
         self.asked.set()
 
@@ -221,7 +223,7 @@ def _configured() -> tuple[str | None, str]:
             try:
                 tool = tomllib.loads(path.read_text("utf-8")).get("tool", {})
             except (ValueError, OSError) as error:
-                raise click.UsageError(f"Cannot read {path}: {error}") from None
+                raise Mistake(f"Cannot read {path}: {error}") from None
             return tool.get("millstream", {}).get("app"), str(folder)
     return None, str(here)
 

@@ -128,8 +128,8 @@ async def working(
             listeners = [Listener(subscriber, route, broker, gate, clock, telemetry) for subscriber, route in heard]
             listening = [tasks.create_task(listener.run()) for listener in listeners]
             try:
-                for member in (*workers, *listeners):  # so that what the block publishes is not before "now"
-                    await member.joined.wait()
+                for joined in [w.joined for w in workers] + [listener.joined for listener in listeners]:
+                    await joined.wait()  # what the block publishes must not lie before "now"
                 yield process
             finally:
                 for task in listening:

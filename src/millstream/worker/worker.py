@@ -125,7 +125,7 @@ class Worker:
                 self._room.clear()
                 await self._room.wait()
             try:
-                claims = await consumer.fetch(room, _WAIT_S)
+                claims = await consumer.fetch(min(room, enough), _WAIT_S)
             except BrokerError as error:
                 await backoff.pause(error)
                 continue

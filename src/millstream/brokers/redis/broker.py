@@ -26,6 +26,7 @@ from millstream.brokers.redis.keys import Keys
 from millstream.brokers.redis.link import BLOCK_MARGIN_S, BLOCK_S, Argument, Link, pack
 from millstream.clock import Clock
 from millstream.errors import (
+    BadStream,
     BrokerDown,
     BrokerError,
     BrokerRefused,
@@ -129,11 +130,14 @@ class RedisBroker:
         try:
             return self._streams[stream].keys
         except KeyError:
-            raise BrokerRefused(f"stream {stream!r} is not declared yet") from None
+            raise BadStream(f"stream {stream!r} is not declared yet") from None
 
     async def spec(self, stream: str) -> StreamSpec:
-        """How a stream was declared, here or by somebody else. Raises `BrokerRefused` when nobody has."""
-        return (await self._known(stream, await self.control())).spec
+        """How a stream was declared, here or by somebody else. Raises `BadStream` when nobody has."""
+        known = await self._find(stream, await self.control())
+        if known is None:
+            raise BadStream(self._unknown(stream))
+        return known.spec
 
     async def declare(self, stream: StreamSpec) -> None:
         """Create the stream, or compare it with what is recorded. Needs no room on the server when it is recorded."""
@@ -240,6 +244,15 @@ class RedisBroker:
         return known
 
     async def _known(self, stream: str, link: Link) -> _Known:
+        known = await self._find(stream, link)
+        if known is None:
+            raise BrokerRefused(self._unknown(stream))
+        return known
+
+    def _unknown(self, stream: str) -> str:
+        return f"stream {stream!r} is not declared on {self.url}: no app that uses it has run there"
+
+    async def _find(self, stream: str, link: Link) -> _Known | None:
         # Asked on the link that will be used: during a failover two links may end at two servers.
         known = self._streams.get(stream)
         if known is not None and known.sure:
@@ -249,7 +262,7 @@ class RedisBroker:
         recorded = await self._recorded(link, check_name("stream", stream))
         if recorded is None:
             self._streams.pop(stream, None)
-            raise BrokerRefused(f"stream {stream!r} is not declared on {self.url}: no app that uses it has run there")
+            return None
         self._streams[stream] = known = _Known(recorded, self._keys_of(recorded), mine=False)
         return known
 

@@ -266,7 +266,20 @@ async def test_closing_hands_back_at_once_and_uncounted(trial: Trial) -> None:
     await first.close()
     claims = await trial.claims(second, 3, within_s=5)
     assert [(claim.attempt, claim.suspect) for claim in claims] == [(1, 0)] * 3
-    await trial.eventually(trial.info, lambda info: info.consumers == 1)
+    assert (await trial.info()).consumers == 1
+
+
+async def test_what_is_handed_back_wakes_a_fetch_that_waits(trial: Trial) -> None:
+    first, second = await trial.consumer(), await trial.consumer(broker=await trial.another())
+    await trial.publish()
+    held = await trial.claim(first)
+    started_s = trial.clock.monotonic()
+    async with asyncio.TaskGroup() as tasks:
+        fetching = tasks.create_task(second.fetch(1, 30))
+        await trial.turns()
+        await first.release(frozenset({0}))
+    assert positions(fetching.result()) == positions([held])
+    assert trial.clock.monotonic() - started_s < 5
 
 
 async def test_a_cancelled_settlement_can_be_sent_again(trial: Trial) -> None:
