@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from millstream.brokers.base import Traits
+from millstream.brokers.base import Position, Stored, Traits
 from millstream.brokers.memory import MemoryBroker
 from millstream.settings import Settings
 from millstream.testing.clock import VirtualClock
@@ -58,3 +58,37 @@ class TestRedisBroker(Conformance):
     @pytest.fixture
     def place(self, server: RedisServer) -> Place:
         return Place(url=server.url, settings=Settings(namespace=f"t{next(NAMESPACES)}"), moment_s=MOMENT_S)
+
+
+def test_a_power_that_is_absent_has_no_test() -> None:
+    class Weak(Conformance):
+        traits = Traits(shared=False)
+
+    class Strong(Conformance):
+        traits = Traits(atomic_outputs=True, order=True)
+
+    weak, strong = ({name for name in vars(cls) if name.startswith("test_")} for cls in (Weak, Strong))
+    assert "test_who_was_taken_over_stores_no_output" in strong - weak
+    assert "test_what_one_process_stores_another_sees" in strong - weak
+    assert weak - strong == {"test_consuming_in_order_is_refused_by_name"}
+    assert len(weak) > 60
+
+
+def test_a_suite_without_traits_says_what_to_write() -> None:
+    with pytest.raises(TypeError, match="write traits = Traits"):
+
+        class Silent(Conformance):
+            pass
+
+
+def test_the_suite_fails_a_broker_that_breaks_its_promise() -> None:
+    class Forgetful(MemoryBroker):
+        async def read(self, stream: str, partition: int, after: Position | None, limit: int) -> list[Stored]:
+            return (await super().read(stream, partition, after, limit))[:1]
+
+    class Suite(Conformance):
+        traits = MemoryBroker.traits
+
+    place = Place(url="memory://", factory=Forgetful, clock=VirtualClock())
+    with pytest.raises(AssertionError):
+        vars(Suite)["test_appends_at_the_same_time_each_keep_their_order"](Suite(), place)

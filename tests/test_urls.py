@@ -57,6 +57,7 @@ def test_another_package_can_add_a_scheme(monkeypatch: pytest.MonkeyPatch) -> No
         ("rediss://joe:h%40n:ter2@host/1?x=y", "rediss://joe:***@host/1?x=y"),
         ("unix://joe:hunter2@/run/redis.sock", "unix://joe:***@/run/redis.sock"),
         ("cannot reach redis://:a@b, nor redis://:c@d", "cannot reach redis://:***@b, nor redis://:***@d"),
+        ("redis+unix:///run/redis.sock?password=hunter2&db=1", "redis+unix:///run/redis.sock?password=***&db=1"),
         ("redis://host:6379/0", "redis://host:6379/0"),
         ("sqlite:///a:b@c.db", "sqlite:///a:b@c.db"),
         ("redis://host/0?to=a:b@c", "redis://host/0?to=a:b@c"),

@@ -221,7 +221,9 @@ class App(Router):
         return process.finished
 
     @asynccontextmanager
-    async def _working(self, only: Collection[str] = (), replacements: Replacements | None = None) -> AsyncIterator[Process]:
+    async def _working(
+        self, only: Collection[str] = (), replacements: Replacements | None = None
+    ) -> AsyncIterator[Process]:
         chosen = self._chosen(only)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.opened())

@@ -35,6 +35,7 @@ class Clockwork(Clock):
 def test_a_tick_seen_a_lease_ago_tells_who_is_silent() -> None:
     watch = Watch(1.0)
     for tenth in range(10):
+        watch.beat(tenth / 10, tenth / 10)
         watch.saw(tenth / 10, tenth)
         assert watch.silent_at(tenth / 10) == -1
     watch.saw(1.0, 10)
@@ -45,11 +46,28 @@ def test_a_tick_seen_a_lease_ago_tells_who_is_silent() -> None:
 def test_a_gap_and_a_smaller_tick_make_it_begin_anew() -> None:
     watch = Watch(1.0)
     for now_s, tick in ((0.0, 1), (0.4, 2), (0.95, 3)):
+        watch.beat(now_s, now_s)
         watch.saw(now_s, tick)
     assert watch.silent_at(1.3) == -1, "between 0.4 and 0.95 it may have been stopped"
+    watch.beat(1.3, 1.3)
     watch.saw(1.3, 2)
+    watch.beat(1.9, 1.9)
     assert watch.silent_at(1.95) == -1, "another file's tick"
     assert watch.silent_at(2.4) == 2
+
+
+def test_who_could_not_beat_itself_judges_nobody() -> None:
+    watch = Watch(1.0)
+    watch.beat(0.0, 0.0)
+    for tenth in range(20):
+        watch.saw(tenth / 10, 1)
+        assert watch.silent_at(tenth / 10) == -1, "it has not beaten since, perhaps nobody could"
+    watch.beat(1.95, 1.95)
+    assert watch.silent_at(1.95) == -1
+    for tenth in range(20, 31):
+        watch.beat(tenth / 10, tenth / 10)
+        watch.saw(tenth / 10, 1)
+    assert watch.silent_at(3.05) == 1
 
 
 @given(st.lists(st.tuples(st.floats(0, 0.8), st.integers(0, 3)), max_size=60))
@@ -57,6 +75,7 @@ def test_nobody_is_judged_by_a_tick_younger_than_a_lease(steps: list[tuple[float
     watch, now_s, tick, history = Watch(1.0), 0.0, 0, []
     for pause_s, beats in steps:
         now_s, tick = now_s + pause_s, tick + beats
+        watch.beat(now_s, now_s)
         watch.saw(now_s, tick)
         history.append((now_s, tick))
         judged = watch.silent_at(now_s)
@@ -129,11 +148,13 @@ async def test_a_consumer_that_was_evicted_claims_nothing_before_it_told_what_it
             return len(taken)
 
         await eventually(beat, lambda count: count == 1)
+        await broker.append("orders", records("c"))
         assert await zombie.fetch(5, 0.05) == []
         assert (await zombie.keep()).lost == {claim.stored.position for claim in held}
-        (again,) = await zombie.fetch(5, 1.0)
+        again, new = await zombie.fetch(5, 1.0)
         assert (again.attempt, again.suspect) == (2, 1)
-        assert await zombie.settle(outcomes([again])) == [True]
+        assert ids([new]) == ["c"]
+        assert await zombie.settle(outcomes([again, new])) == [True, True]
         await zombie.close()
         await other.close()
 

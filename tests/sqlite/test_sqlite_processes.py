@@ -145,7 +145,7 @@ async def test_four_processes_that_commit_back_to_back_all_get_their_turn(tmp_pa
         *((int(count), int(wait)) for count, wait in (line[0].split() for line in told)), strict=True
     )
     assert min(commits) > max(commits) / 5, commits
-    assert max(longest_ms) < 1_000, longest_ms
+    assert max(longest_ms) < 300, longest_ms  # 25 with the turnstile, 300 to 1,000 without
 
 
 async def test_an_event_of_another_process_wakes_a_waiting_fetch_within_milliseconds(tmp_path: Path) -> None:
@@ -154,6 +154,7 @@ async def test_an_event_of_another_process_wakes_a_waiting_fetch_within_millisec
         with process("echo", url_of(path)) as child:
             assert await asyncio.to_thread(lines, child, 1) == ["ready"]
             for n in range(40):
+                await asyncio.sleep(0.02)  # not to wait for anything: so that the other one has nothing to do
                 now = b"%d" % time.monotonic_ns()
                 await broker.append("orders", [Record(n % 2, f"e-{n}", "order.placed", now)])
                 late_us.append(int((await asyncio.to_thread(lines, child, 1))[0]))

@@ -6,15 +6,18 @@ import asyncio
 import sqlite3
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from millstream.brokers.base import Done, Position, Settlement
+from millstream.brokers.sqlite import group, log
 from millstream.brokers.sqlite import writer as writer_module
 from millstream.brokers.sqlite.broker import SQLiteBroker
-from millstream.brokers.sqlite.file import InDoubt
+from millstream.brokers.sqlite.file import WAL_KEPT_BYTES, InDoubt
 from millstream.errors import BrokerDown, BrokerFull, BrokerRefused, Unconfirmed
 from tests.sqlite.places import eventually, ids, intact, joined, opened, outcomes, records
 
@@ -163,10 +166,11 @@ async def test_a_fetch_cancelled_in_the_writing_thread_leaves_its_claims_to_the_
             await fetching
         go_on.set()
         monkeypatch.undo()
-        claims = await consumer.fetch(10, 10.0)
-        assert ids(claims) == ["a", "b", "c"]
-        assert [claim.attempt for claim in claims] == [1, 1, 1]
-        assert await consumer.settle(outcomes(claims)) == [True] * 3
+        await broker.append("orders", records("d"))
+        claims = [claim for limit in (2, 10, 10) for claim in await consumer.fetch(limit, 10.0)]
+        assert ids(claims) == ["a", "b", "c", "d"]
+        assert [claim.attempt for claim in claims] == [1] * 4
+        assert await consumer.settle(outcomes(claims)) == [True] * 4
         assert await consumer.fetch(10, 0) == []
         await consumer.close()
 
@@ -195,7 +199,7 @@ async def test_a_fetch_whose_commit_breaks_loses_no_event_and_counts_it_once(
         flaky("after")
         with pytest.raises(InDoubt):
             await consumer.fetch(1, 0)
-        claims = await consumer.fetch(10, 0)
+        claims = [*await consumer.fetch(10, 0), *await consumer.fetch(10, 0)]
         assert ids(claims) == ["a", "b"]
         assert [claim.attempt for claim in claims] == [1, 1]
         await consumer.close()
@@ -286,6 +290,31 @@ async def test_no_answer_in_time_is_an_error_that_tells_whether_anything_may_hap
         await consumer.close()
 
 
+@pytest.mark.parametrize(("query", "level"), [("", 2), ("?synchronous=full", 2), ("?synchronous=normal", 1)])
+async def test_events_and_outcomes_wait_for_the_disk_as_the_url_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, query: str, level: int
+) -> None:
+    levels: list[tuple[str, int]] = []
+
+    def spied(module: ModuleType, name: str) -> None:
+        original = getattr(module, name)
+
+        def spy(db: sqlite3.Connection, *more: Any) -> Any:
+            levels.append((name, *db.execute("PRAGMA synchronous").fetchone()))
+            return original(db, *more)
+
+        monkeypatch.setattr(module, name, spy)
+
+    for module, name in ((log, "store"), (group, "take"), (group, "settle")):
+        spied(module, name)
+    async with opened(tmp_path / "shop.db", query=query) as broker:
+        consumer = await joined(broker)
+        await broker.append("orders", records("a"))
+        await consumer.settle(outcomes(await consumer.fetch(1, 0)))
+        await consumer.close()
+    assert levels == [("store", level), ("take", 1), ("settle", level)]
+
+
 async def test_closing_stores_what_was_asked_for_and_ends_both_threads(tmp_path: Path) -> None:
     before = threading.active_count()
     async with opened(tmp_path / "shop.db") as broker:
@@ -300,24 +329,20 @@ async def test_closing_stores_what_was_asked_for_and_ends_both_threads(tmp_path:
         assert len(await stored(broker)) == 50
 
 
-async def test_the_log_is_cut_when_there_is_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_log_is_cut_once_nobody_reads_an_old_state_any_more(tmp_path: Path) -> None:
     path = tmp_path / "shop.db"
-    monkeypatch.setattr(writer_module, "MAX_WAL_BYTES", 6_000_000)
-    monkeypatch.setattr(writer_module, "IDLE_S", 0.05)
+    wal = path.with_name("shop.db-wal")
     async with opened(path) as broker:
-        with sqlite3.connect(path) as reader:  # a reader that does not come to an end keeps the log from being reused
+        with closing(sqlite3.connect(path, isolation_level=None)) as reader:
             reader.execute("BEGIN")
             reader.execute("SELECT COUNT(*) FROM event").fetchall()
             for n in range(10):
                 await broker.append("orders", records(*(f"e-{n}-{m}" for m in range(100)), size_bytes=10_000))
-        reader.close()
-        wal = path.with_name("shop.db-wal")
         assert wal.stat().st_size > 6_000_000
 
         async def size() -> int:
             await broker.append("orders", records("small"))
-            await asyncio.sleep(0.1)
             return wal.stat().st_size
 
-        await eventually(size, lambda bytes_: bytes_ <= 4_194_304)
+        await eventually(size, lambda bytes_: bytes_ <= WAL_KEPT_BYTES)
         assert len(await broker.read("orders", 0, None, 2_000)) >= 1_000

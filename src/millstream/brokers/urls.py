@@ -19,6 +19,7 @@ Factory: TypeAlias = Callable[[str, Settings, Clock, Telemetry], Broker]
 """What an entry point names: called with the URL, the settings, and the app's clock and telemetry. Does no I/O."""
 
 _PASSWORD = re.compile(r"(?<=://)([^/?#\s:@]*):([^/?#\s@]*)@")
+_PARAMETER = re.compile(r"([?&]password=)[^&\s]*")
 
 
 def broker_for(url: str, settings: Settings, clock: Clock, telemetry: Telemetry) -> Broker:
@@ -31,7 +32,7 @@ def broker_for(url: str, settings: Settings, clock: Clock, telemetry: Telemetry)
 
 def mask(text: str) -> str:
     """The text with the passwords of URLs replaced by ***."""
-    return _PASSWORD.sub(r"\1:***@", text)
+    return _PARAMETER.sub(r"\1***", _PASSWORD.sub(r"\1:***@", text))
 
 
 def _factory(scheme: str, url: str) -> Factory:

@@ -19,12 +19,12 @@ PAGE = 100  # letters asked for, and acted on, at once: each carries its whole e
 MAX_NAMED = 20  # ids of letters that one message names
 
 _COLUMNS = (
-    Column("DIED", "died_ms", show.moment),
+    Column("DIED", "died_ms", show.lately),
     Column("GROUP", "name"),
     Column("POSITION", "position"),
-    Column("TYPE", "type"),
+    Column("TYPE", "type", spare=True),
     Column("REASON", "reason"),
-    Column("TRIES", "attempts", show.count),
+    Column("TRIES", "attempts", show.count, spare=True),
     Column("ERROR", "error", lambda error: show.text(error.rstrip().rpartition("\n")[2]), elastic=True),
 )
 _LINES = (
@@ -34,7 +34,7 @@ _LINES = (
     Column("type", "type"),
     Column("key", "key"),
     Column("source", "source"),
-    Column("published", "time"),
+    Column("published", "time", show.local),
     Column("died", "died_ms", show.moment),
     Column("reason", "reason"),
     Column("attempts", "attempts", show.count),
@@ -319,7 +319,7 @@ def _summary(letter: DeadLetter) -> dict[str, Any]:
         "id": record.id,
         "type": record.type,
         "key": record.key,
-        "time": show.iso(record.time_ms),
+        "time": show.iso(record.time_ms) if record.time_ms else None,
         "reason": letter.reason,
         "error": letter.error,
         "attempts": letter.attempts,

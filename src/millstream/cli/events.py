@@ -139,17 +139,23 @@ class _Load:
 
     async def run(self, meant: Target, stream: str) -> int:
         """The exit code."""
+        with self._interrupt.caught():
+            return await self._run(meant, stream)
+
+    async def _run(self, meant: Target, stream: str) -> int:
         async with outlet(meant, stream) as out:
             progress = show.Progress("publishing", "event", meant.clock)
             try:
-                with progress, self._interrupt.caught():
+                with progress:
                     await self._load(out, meant, progress)
+            except Unconfirmed as error:
+                self._say_stored()
+                raise Unconfirmed(f"{error}; {self._how_to_go_on()}") from error
             except BaseException:
-                self._report(progress, cut=True)
+                self._say_stored()
+                show.note(f"stopped: {self._how_to_go_on()}")
                 raise
-            cut = self._interrupt.asked.is_set()
-            self._report(progress, cut=cut)
-        return PART if self._trouble else INTERRUPTED if cut else DONE
+            return self._report(progress)
 
     async def _load(self, out: Outlet, meant: Target, progress: show.Progress) -> None:
         number = 0
@@ -201,16 +207,24 @@ class _Load:
             f"; {behind:,} of those behind it are stored already" if behind > 0 else "" if sure else self._doubt
         )
 
-    def _report(self, progress: show.Progress, *, cut: bool) -> None:
-        click.echo(f"{self._stored:,} published")
+    def _report(self, progress: show.Progress) -> int:
+        self._say_stored()
         if self._trouble:
-            show.note(
-                f"{self._trouble}; {show.many(self._stored, 'event')} stored before it; correct it and go on with --from-line {self._next}"
-            )
-        elif cut:
-            show.note(f"stopped: go on with --from-line {self._next}{self._doubt}")
-        elif self._stored:
+            stored = show.many(self._stored, "event")
+            show.note(f"{self._trouble}; {stored} stored before it; correct it and {self._how_to_go_on()}")
+            return PART
+        if self._interrupt.asked.is_set():
+            show.note(f"stopped: {self._how_to_go_on()}")
+            return INTERRUPTED
+        if self._stored:
             show.note(progress.summary(self._stored))
+        return DONE
+
+    def _say_stored(self) -> None:
+        click.echo(f"{self._stored:,} published")
+
+    def _how_to_go_on(self) -> str:
+        return f"go on with --from-line {self._next}{self._doubt}"
 
 
 class Look(NamedTuple):

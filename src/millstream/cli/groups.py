@@ -41,7 +41,7 @@ _LINES = (
 _PENDING = (
     Column("PENDING", "position"),
     Column("ATTEMPT", "attempt", show.count),
-    Column("NEXT TRY", "due_ms", show.moment),
+    Column("NEXT TRY", "due_ms", show.lately),
     Column("CONSUMER", "consumer", elastic=True),
 )
 

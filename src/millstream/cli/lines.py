@@ -53,12 +53,14 @@ class Lines:
 
         A line over `most_bytes` comes cut. Raises `Unreadable`.
         """
-        rest = b""
+        rest, cut = b"", False
         while await self._arrived(stop, clock):
             block = self._read()
             *lines, rest = (rest + block).split(b"\n")
+            if cut and lines:  # the end of a line of which the beginning was passed on already
+                lines, cut = lines[1:], False
             if rest and (not block or len(rest) > most_bytes):
-                lines, rest = [*lines, rest], b""
+                lines, rest, cut = lines if cut else [*lines, rest], b"", True
             if lines:
                 yield lines
             if not block:

@@ -157,16 +157,23 @@ class Root(Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Whoever reads our output may have seen enough, as in `tail … | head`: that is no error."""
+        try:
+            code = super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # The interpreter's last flush must go nowhere, or it would complain about the closed pipe.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return DONE
+        return code
+
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:  # type: ignore[override]
         """Carry out a command line, and exit."""
         given = Given()
         extra |= {"standalone_mode": False, "obj": given}
         try:
             code = super().main(args, "millstream", **extra)
-            sys.stdout.flush()
-        except BrokenPipeError:
-            _forget_output()  # whoever read our output has seen enough, as in `tail … | head`
-            code = DONE
         except (Exception, KeyboardInterrupt) as error:
             code = _complain(error, given.debug)
         sys.exit(code or DONE)
@@ -231,8 +238,3 @@ def _innermost(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
-
-
-def _forget_output() -> None:
-    """Let the interpreter's last flush go nowhere, or it would complain about the closed pipe."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -30,6 +31,8 @@ Row: TypeAlias = Mapping[str, Any]
 
 LINE_S = 3.0  # between two lines of progress where there is no terminal
 PICTURE_S = 0.1
+_GAP = 2  # between two columns
+_ELASTIC = 16  # the least of an elastic column
 _BOARD_ROWS = 5  # of airlines and alerts: the whole board fits into 24 lines
 
 output_option = click.option(
@@ -62,6 +65,19 @@ def size(value: int | None) -> str:
 def moment(value_ms: int | None) -> str:
     """A local time, for people."""
     return "-" if value_ms is None else f"{datetime.fromtimestamp(value_ms / 1000):%Y-%m-%d %H:%M:%S}"
+
+
+def local(value: str | None) -> str:
+    """A time for machines, turned into one for people."""
+    return moment(int(datetime.fromisoformat(value).timestamp() * 1000) if value else None)
+
+
+def lately(value_ms: int | None) -> str:
+    """A local time, for people who look at a list: shorter for today."""
+    if value_ms is None or not is_terminal(sys.stdout):
+        return moment(value_ms)
+    then, now = datetime.fromtimestamp(value_ms / 1000), datetime.fromtimestamp(Clock().now_ms() / 1000)
+    return f"{then:%H:%M:%S}" if then.date() == now.date() else f"{then:%Y-%m-%d}"
 
 
 def iso(value_ms: int) -> str:
@@ -100,7 +116,7 @@ def event(stored: Stored) -> dict[str, Any]:
         "id": record.id,
         "type": record.type,
         "source": record.source,
-        "time": iso(record.time_ms),
+        "time": iso(record.time_ms) if record.time_ms else None,
         "key": record.key,
         "headers": _json(record.headers) if record.headers else {},
     }
@@ -115,6 +131,8 @@ class Column(NamedTuple):
     form: Callable[[Any], str] = text
     elastic: bool = False
     """Cut when the terminal is too narrow: one column at most."""
+    spare: bool = False
+    """Left out when the terminal is too narrow for it."""
 
     @property
     def right(self) -> bool:
@@ -166,8 +184,13 @@ def confirm(question: str, *, yes: bool) -> None:
         return
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise NotConfirmed("nothing was changed: this is no terminal to ask; say --yes to do it, --plan to only look")
-    if not click.confirm(question, err=True):
-        raise NotConfirmed("nothing was changed")
+    # asyncio's handler would only cancel a task that cannot run while we wait here for an answer.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        if not click.confirm(question, err=True):
+            raise NotConfirmed("nothing was changed")
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def is_terminal(stream: IO[str]) -> bool:
@@ -205,9 +228,9 @@ class EventLines:
         data = text(event["fault"] if "fault" in event else msgspec.json.encode(event["data"]).decode())
         kind = event["type"] or "(no event)"
         if not self._terminal:
-            return "  ".join([event["time"], event["position"], *map(text, (kind, event["key"], event["id"])), data])
+            return "  ".join([*map(text, (event["time"], event["position"], kind, event["key"], event["id"])), data])
         width = shutil.get_terminal_size().columns
-        when = f"{datetime.fromisoformat(event['time']).astimezone():%H:%M:%S}"
+        when = f"{datetime.fromisoformat(event['time']).astimezone():%H:%M:%S}" if event["time"] else "-"
         before = f"{when}  {event['position']}  "
         after = f"  {text(event['key'])}  {text(event['id'])}  "
         return _dim(before) + _bold(text(kind)) + _dim(after) + _cut(data, width - len(before + kind + after))
@@ -332,7 +355,7 @@ def _grid(*titles: str) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0), header_style="bold")
     for index, title in enumerate(titles):
         table.add_column(title, justify="left" if index == 0 or title == "LATEST" else "right", no_wrap=True)
     return table
@@ -368,18 +391,26 @@ def _draw_table(cells: Sequence[Sequence[str]], columns: Sequence[Column], err: 
     from rich.text import Text
 
     console, table = _console(err=err), _grid()
-    texts = zip([column.title for column in columns], *cells, strict=True)
-    widths = [max(map(cell_len, column)) for column in texts]
-    for width, column in zip(widths, columns, strict=True):
-        room = console.width - sum(widths) + width - 2 * len(columns)
+    texts = list(zip([column.title for column in columns], *cells, strict=True))
+    widths = [max(map(cell_len, text)) for text in texts]
+    shown = list(range(len(columns)))
+    room = console.width - _GAP * (len(columns) - 1)
+    for index in reversed(range(len(columns))):
+        wanted = sum(min(widths[i], _ELASTIC) if columns[i].elastic else widths[i] for i in shown)
+        if wanted > room and columns[index].spare:
+            shown.remove(index)
+            room += _GAP
+    for index in shown:
+        column = columns[index]
+        others = sum(widths[i] for i in shown if i != index)
         table.add_column(
             column.title,
             justify="right" if column.right else "left",
             no_wrap=True,
-            max_width=max(room, 8) if column.elastic else None,
+            max_width=max(room - others, _ELASTIC) if column.elastic else None,
         )
     for line in cells:
-        table.add_row(*map(Text, line))
+        table.add_row(*(Text(line[index]) for index in shown))
     console.print(table)
 
 

@@ -17,7 +17,7 @@ _COLUMNS = (
     Column("KEY", "key"),
     Column("EVENTS", "events", show.count),
     Column("SIZE", "bytes", show.size),
-    Column("LAST", "last_ms", show.moment),
+    Column("LAST", "last_ms", show.lately),
 )
 _LINES = (
     Column("stream", "name"),

@@ -6,18 +6,16 @@ decode and one await. All of it is decided here, once, when a worker starts.
 
 from __future__ import annotations
 
-import asyncio
 import contextvars
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import Executor
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 from millstream.brokers.base import Claim, Dead, Done, Later, Outcome, Output, Settlement
 from millstream.clock import Clock
 from millstream.delivery import Delivery
-from millstream.errors import BatchFailed, Reject, RetryLater, Skip, WireError
+from millstream.errors import BadSetting, BatchFailed, Reject, RetryLater, Skip, WireError
 from millstream.handlers.depends import Plan, ProcessScope, Replacements
 from millstream.handlers.subscriber import DEFAULT_TIMEOUT, NEVER, Call, Group, Handle, Subscriber
 from millstream.retry import Retry
@@ -25,11 +23,13 @@ from millstream.stream import Stream
 from millstream.telemetry import DEAD, POSTPONED, RETRIED, SKIPPED, Telemetry
 from millstream.units import MAX_ERROR_CHARS, MAX_POSTPONED, seconds
 from millstream.wire import codec
+from millstream.worker.threads import Threads
 
 Stage: TypeAlias = Callable[[Delivery[Any], Any, Stream[Any] | None], Output]
 
 DONE = Done()
 _DEFAULT_RETRY = Retry()
+_LONGEST_S = 100 * 365 * 86_400.0  # of a postponement: every broker can store a time this far away
 
 
 class Undecodable(Exception):
@@ -44,7 +44,7 @@ class Shop(NamedTuple):
     stage: Stage
     process: ProcessScope
     replace: Replacements
-    threads: Executor
+    threads: Threads
 
 
 class Route:
@@ -88,24 +88,28 @@ class Route:
         await self._handle(Call((delivery,), self.subscriber))
         return delivery.staged
 
-    async def batch(self, claims: Sequence[Claim]) -> list[Settlement]:
-        """Call a batch handler with all events that can be decoded, and settle every one of them by itself."""
-        deliveries: list[Delivery[Any]] = []
+    def delivered(self, claims: Sequence[Claim]) -> tuple[list[Claim], list[Delivery[Any]], list[Settlement]]:
+        """The events of a batch that can be decoded; and the ends of those that cannot, whatever the handler does."""
         good: list[Claim] = []
-        settlements: list[Settlement] = []
+        deliveries: list[Delivery[Any]] = []
+        bad: list[Settlement] = []
         for claim in claims:
             try:
                 deliveries.append(self._delivered(claim))
                 good.append(claim)
             except Undecodable as error:
-                settlements.append(Settlement(claim.stored.position, self.outcome(claim, error)))
+                bad.append(Settlement(claim.stored.position, self.outcome(claim, error)))
+        return good, deliveries, bad
+
+    async def batch(self, claims: Sequence[Claim], deliveries: Sequence[Delivery[Any]]) -> list[Settlement]:
+        """Call a batch handler, and settle every one of its events by itself."""
         failed: Mapping[int, BaseException] = {}
-        if good:
-            try:
-                await self._handle(Call(deliveries, self.subscriber))
-            except BatchFailed as error:
-                failed = _checked(error, len(good))
-        for index, claim in enumerate(good):
+        try:
+            await self._handle(Call(deliveries, self.subscriber))
+        except BatchFailed as error:
+            failed = _checked(error, len(claims))
+        settlements: list[Settlement] = []
+        for index, claim in enumerate(claims):
             if index in failed:
                 settlements.append(Settlement(claim.stored.position, self.outcome(claim, failed[index])))
             else:
@@ -113,19 +117,18 @@ class Route:
         return settlements
 
     def outcome(self, claim: Claim, error: BaseException) -> Outcome:
-        """What an error of the handler means for the event."""
+        """What an error of the handler means for the event. Raises nothing, however odd the error is."""
         match error:
             case Skip():
-                self._tell(SKIPPED, claim, reason=error.reason)
-                return Done(error.reason)
+                note = _storable(str(error.reason))
+                self._tell(SKIPPED, claim, reason=note)
+                return Done(note)
             case Reject():
-                return self._dead(claim, "rejected", error.reason)
+                return self._dead(claim, "rejected", str(error.reason))
             case Undecodable():
                 return self._dead(claim, "undecodable", str(error))
             case RetryLater() if claim.postponed < MAX_POSTPONED:
-                delay_s = seconds(error.after)
-                self._tell(POSTPONED, claim, delay_s=delay_s)
-                return Later(self._clock.now_ms() + int(delay_s * 1000), "", counted=False)
+                return self._postponed(claim, error)
             case RetryLater():
                 return self._dead(claim, "failed", f"put off {MAX_POSTPONED:,} times by RetryLater")
             case _ if isinstance(error, self._never):
@@ -134,7 +137,8 @@ class Route:
                 return self._dead(claim, "failed", _text(error), error)
         delay_s = self._retry.delay_s(claim.attempt, self._clock.chance())
         self._tell(RETRIED, claim, delay_s=delay_s, exception=error)
-        return Later(self._clock.now_ms() + int(delay_s * 1000), f"{type(error).__name__}: {error}"[:MAX_ERROR_CHARS])
+        last_line = "".join(traceback.format_exception_only(error)).strip()
+        return Later(self._clock.now_ms() + int(delay_s * 1000), _storable(last_line))
 
     def killed(self, claim: Claim) -> Outcome | None:
         """The end of an event that took its process down once too often, the last time alone; it is not tried again."""
@@ -176,7 +180,16 @@ class Route:
             self._shop.stage,
         )
 
+    def _postponed(self, claim: Claim, verdict: RetryLater) -> Outcome:
+        try:
+            delay_s = min(seconds(verdict.after), _LONGEST_S)
+        except (BadSetting, TypeError, ValueError) as wrong:
+            return self.outcome(claim, wrong)
+        self._tell(POSTPONED, claim, delay_s=delay_s)
+        return Later(self._clock.now_ms() + int(delay_s * 1000), "", counted=False)
+
     def _dead(self, claim: Claim, reason: str, error: str, exception: BaseException | None = None) -> Dead:
+        error = _storable(error)
         self._tell(DEAD, claim, reason=reason, error=error, exception=exception)
         return Dead(reason, error)
 
@@ -213,10 +226,9 @@ def _composed(subscriber: Subscriber, handle: Handle) -> Handle:
     return handle
 
 
-def _threaded(handler: Callable[..., None], threads: Executor) -> Callable[..., Awaitable[None]]:
+def _threaded(handler: Callable[..., None], threads: Threads) -> Callable[..., Awaitable[None]]:
     async def call(*args: Any, **arguments: Any) -> None:
-        run = partial(contextvars.copy_context().run, handler, *args, **arguments)
-        await asyncio.get_running_loop().run_in_executor(threads, run)
+        await threads.run(partial(contextvars.copy_context().run, handler, *args, **arguments))
 
     return call
 
@@ -237,3 +249,8 @@ def _checked(error: BatchFailed, size: int) -> Mapping[int, BaseException]:
 def _text(error: BaseException) -> str:
     """The traceback; of a long one the end, which names the error."""
     return "".join(traceback.format_exception(error))[-MAX_ERROR_CHARS:]
+
+
+def _storable(text: str) -> str:
+    """As every broker can keep it: an error's text may hold half of a surrogate pair, from a file name say."""
+    return text[:MAX_ERROR_CHARS].encode(errors="replace").decode()

@@ -54,10 +54,14 @@ class Keeper:
             if kept.lost or kept.drain:
                 self._kept(kept)
             self.trusted_until = sent + self._lease_s * _TRUST
-            self._answered.set()
-            self._answered.clear()
+            self.wake()
             await self._clock.sleep(self._every_s)
 
     async def answer(self) -> None:
-        """Wait for the next answered heartbeat."""
+        """Wait for the next answered heartbeat, or for `wake`."""
         await self._answered.wait()
+
+    def wake(self) -> None:
+        """Let go of all that wait for an answer."""
+        self._answered.set()
+        self._answered.clear()

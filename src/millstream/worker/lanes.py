@@ -257,11 +257,16 @@ class Lanes:
         return []
 
     async def _handle_batch(self, lane: Lane, route: Route, claims: Sequence[Claim]) -> None:
+        claims, deliveries, undecodable = route.delivered(claims)
+        for settlement in undecodable:
+            self._settle(settlement)
+        if not claims:
+            return
         self._gate.running += 1
         lane.claims = claims
         lane.deadline = self._clock.monotonic() + route.timeout_s
         try:
-            for settlement in await route.batch(claims):
+            for settlement in await route.batch(claims, deliveries):
                 self._settle(settlement)
         except BaseException as error:
             self._failed(lane, route, error)
@@ -277,7 +282,7 @@ class Lanes:
         killed = route.killed(claims[0])
         if killed is not None:
             self._settle(Settlement(claims[0].stored.position, killed))
-        elif claims[0].suspect == 1:
+        elif claims[0].suspect <= 1:
             if await self._begin(claims):
                 while self._gate.closed:
                     await self._gate.opened()
@@ -298,7 +303,7 @@ class Lanes:
         backoff = Backoff("begin", self._group.name, self._clock, self._telemetry)
         while not self._stopping:
             try:
-                await self._consumer.begin([claim.stored.position for claim in claims])
+                await self._consumer.begin([claim.stored.position for claim in claims if claim.suspect])
             except LeaseLost:
                 break
             except BrokerError as error:

@@ -67,7 +67,10 @@ class Listener:
                 await self._route.call(Claim(stored, 1))
         except Skip:
             pass
-        except Exception as error:
+        except BaseException as error:
+            task = asyncio.current_task()
+            if isinstance(error, KeyboardInterrupt | GeneratorExit) or (task is not None and task.cancelling()):
+                raise
             position = stored.position
             self._telemetry.emit(LISTENER_FAILED, stream=self._stream, position=position, exception=error)
             logger.exception("listener %s failed on %s at %s", self._subscriber.signature.name, self._stream, position)

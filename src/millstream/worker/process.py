@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 
 from millstream.brokers.base import Broker, Start, StreamSpec, Subscription
@@ -14,10 +13,11 @@ from millstream.handlers.depends import ProcessScope, Replacements
 from millstream.handlers.subscriber import Group, StartAt, Subscriber
 from millstream.settings import Settings
 from millstream.telemetry import Telemetry, logger
-from millstream.units import MAX_CONCURRENCY, seconds
+from millstream.units import seconds
 from millstream.worker.call import Route, Shop, Stage, routes
 from millstream.worker.lanes import Gate
 from millstream.worker.listener import Listener
+from millstream.worker.threads import Threads
 from millstream.worker.worker import Worker
 
 _LAST_WORD_S = 1.0  # after the grace: time to settle what did finish, before everything is cancelled
@@ -98,7 +98,7 @@ async def working(
     """Handle events inside the block; leaving it drains. A worker that cannot go on ends the block with its error."""
     gate = Gate()
     scope = ProcessScope()
-    with _threads() as threads:
+    with Threads() as threads:
         shop = Shop(clock, telemetry, stage, scope, replace, threads)
         tables = [(group, routes(group, shop)) for group in groups]
         heard = [(subscriber, Route(subscriber, shop)) for subscriber in ears]
@@ -135,16 +135,6 @@ async def working(
                 for task in listening:
                     task.cancel()
                 await process.drain()
-
-
-@contextmanager
-def _threads() -> Iterator[ThreadPoolExecutor]:
-    """Threads for plain functions: the lanes bound how many, and each is made only when it is needed."""
-    threads = ThreadPoolExecutor(MAX_CONCURRENCY, thread_name_prefix="millstream")
-    try:
-        yield threads
-    finally:
-        threads.shutdown(wait=False, cancel_futures=True)  # a handler that hangs must not hold up the end of all others
 
 
 def _start(start: StartAt, clock: Clock) -> Start:

@@ -480,9 +480,9 @@ class Incarnation:
         held = self.held[partition]
         for id_, count, note, postponed, fields in rows:
             offset = id_.decode()
-            if offset not in held:
-                held[offset] = -count if note or postponed != b"0" else count
+            if offset not in held:  # else it waits for its settlement to be sent again, which must show this count
                 self.surplus.append(again(partition, offset, count, note, postponed, fields))
+            held[offset] = -count if note or postponed != b"0" else count
         return len(rows), float(first) if first else _NEVER
 
 

@@ -12,9 +12,8 @@ numbers are never given twice.
 
 Who is silent is judged without a wall clock: every beat raises the group's tick and writes it to the member; `Watch`
 remembers which tick was seen when, by this process's own clock. A member that has not gone past a tick seen a lease ago has
-been silent for a lease. Two races are closed when judging: a process that was paused, or that could not write itself, has
-no right to judge (`Watch` forgets over a gap, and `evict` looks at the judge's own tick and at the time since it was
-asked), and the ticks are compared in the transaction that evicts.
+been silent for a lease. Two races are closed when judging: a process that was paused, or could not beat itself, must not
+judge (`Watch` forgets over a gap), and the ticks are compared in the transaction that evicts, the judge's own too.
 
 A member that finds its fence gone claims nothing before it has told what it lost: the worker might else take an old
 handler's end for that of the new claim.
@@ -27,7 +26,6 @@ import os
 import socket
 from collections import deque
 from collections.abc import Sequence
-from sqlite3 import Connection
 from typing import TYPE_CHECKING
 
 from millstream.brokers.base import Claim, Kept, Position, Settlement, Subscription
@@ -41,6 +39,7 @@ if TYPE_CHECKING:
 
 MAX_CLAIMS = 1_000  # in one transaction
 WATCH_S = 0.5  # how often somebody is looked for who fell silent, at least
+TRUST = 0.7  # of a lease: held up this long, and having beaten a quarter before, nobody has been silent for a whole one
 PAUSE_S = 0.01  # after others were faster
 LEAST_PAUSE_S = 0.001  # due times are whole milliseconds
 
@@ -50,12 +49,19 @@ class Watch:
 
     def __init__(self, lease_s: float) -> None:
         self._lease_s = lease_s
+        self._beat_s = 0.0
         self._answered_s = 0.0
         self._seen: deque[tuple[float, int]] = deque()
 
     def forget(self) -> None:
         """Begin anew: nobody is judged before another lease has passed."""
         self._seen.clear()
+
+    def beat(self, sent_s: float, answered_s: float) -> None:
+        """Remember a beat of our own. After too long a time without one, the others may have been held up like us."""
+        if answered_s - self._beat_s > self._lease_s * TRUST:
+            self.forget()
+        self._beat_s = sent_s
 
     def saw(self, now_s: float, tick: int) -> None:
         """Remember an answer."""
@@ -66,10 +72,12 @@ class Watch:
             self._seen.append((now_s, tick))
 
     def silent_at(self, now_s: float) -> int:
-        """The newest tick that was seen a lease ago: members that have not gone past it are silent. -1: none yet."""
+        """The newest tick that was seen a lease ago: members that have not gone past it are silent. -1: nobody is."""
         while len(self._seen) > 1 and self._seen[1][0] <= now_s - self._lease_s:
             self._seen.popleft()
-        return self._seen[0][1] if self._seen and self._seen[0][0] <= now_s - self._lease_s else -1
+        if not self._seen or self._seen[0][0] > now_s - self._lease_s or now_s - self._beat_s > self._lease_s * TRUST:
+            return -1
+        return self._seen[0][1]
 
 
 class SQLiteConsumer:
@@ -85,8 +93,7 @@ class SQLiteConsumer:
         self._closed = False
         self._entering = asyncio.Lock()
         self._held: dict[Position, int] = {}  # attempt by position, until its settlement is answered
-        self._unseen: list[Claim] = []  # claimed for a fetch that was cancelled: for the next one
-        self._unsure = False  # a fetch failed, and may have claimed what we do not know of
+        self._unsure = False  # a fetch failed or was cancelled, and may have claimed what we do not know of
         self._watch = Watch(subscription.lease_s)
         self._turn = 0
 
@@ -99,6 +106,7 @@ class SQLiteConsumer:
             lambda db: group.enter(db, inside, subscription, group.Life(name, nonce, beat_s)), durable=True, rings=True
         )
         self._watch.forget()
+        self._watch.beat(beat_s, self._clock.monotonic())
 
     async def fetch(self, limit: int, wait_s: float) -> list[Claim]:
         """Claim up to `limit` events; waits up to `wait_s` for the first one."""
@@ -151,8 +159,7 @@ class SQLiteConsumer:
             self._lose(me)
             return Kept(await self._come_back())
         now_s = self._clock.monotonic()
-        if now_s - sent_s > self._subscription.lease_s / 4:
-            self._watch.forget()  # the others may have waited as long as we did, and not beaten since
+        self._watch.beat(sent_s, now_s)
         self._watch.saw(now_s, beat.tick)
         if beat.oldest <= self._watch.silent_at(now_s):
             await self._evict(me)
@@ -166,13 +173,11 @@ class SQLiteConsumer:
         await self._broker.writer.ask(lambda db: group.hand_back(db, me, partitions), durable=True, rings=True)
         for position in [position for position in self._held if position.partition in partitions]:
             del self._held[position]
-        self._unseen = [claim for claim in self._unseen if claim.stored.position.partition not in partitions]
 
     async def close(self) -> None:
         """Hand back all that is held, and leave the group. Others take over in a while when the file cannot be written."""
         me, self._me, self._closed = self._me, None, True
         self._held.clear()
-        self._unseen.clear()
         if me is None:
             return
         try:
@@ -188,40 +193,30 @@ class SQLiteConsumer:
         me = self._me
         if me is None:
             return []
-        if self._unseen:
-            unseen, self._unseen = self._unseen[:limit], self._unseen[limit:]
-            return unseen
         self._turn += 1
         wish = group.Wish(min(limit, MAX_CLAIMS), self._clock.now_ms(), self._turn, self._unsure)
+        self._unsure = False
         try:
-            claims = await self._broker.writer.ask(
-                lambda db: group.take(db, me, wish, self._held),
-                late=lambda claims: self._unseen.extend(self._accept(me, claims)),
-            )
+            taken = await self._broker.writer.ask(lambda db: group.take(db, me, wish, self._held))
         except BaseException:
             self._unsure = True
             raise
-        self._unsure = False
-        return self._accept(me, claims)
-
-    def _accept(self, me: Member, claims: list[Claim] | None) -> list[Claim]:
-        if claims is None:
+        if taken is None:
             self._lose(me)
-        if claims is None or self._me is not me:  # what was claimed went with that life
+        if taken is None or self._me is not me:  # what was claimed went with that life
             return []
-        # What recovering finds may have been accepted while it looked.
-        news = [claim for claim in claims if claim.stored.position not in self._held]
-        for claim in news:
+        self._unsure |= taken.unsure
+        # What was looked for because of one fetch may have been accepted by another meanwhile.
+        claims = [claim for claim in taken.claims if claim.stored.position not in self._held]
+        for claim in claims:
             self._held[claim.stored.position] = claim.attempt
-        return news
+        return claims
 
     async def _look(self) -> tuple[bool, float]:
         """Whether claiming is worth while, and how long to wait otherwise. One indexed read wakes nobody else."""
         me, watch_s = self._me, min(WATCH_S, self._subscription.lease_s / 4)
         if me is None:
             return not self._held, watch_s
-        if self._unseen:
-            return True, PAUSE_S
         now_ms, tick = self._clock.now_ms(), self._watch.silent_at(self._clock.monotonic())
         look = await self._broker.reader.ask(lambda db: group.look(db, me, now_ms))
         self._watch.saw(self._clock.monotonic(), look.tick)
@@ -233,15 +228,10 @@ class SQLiteConsumer:
         return False, min(max(due_s, LEAST_PAUSE_S), watch_s)
 
     async def _evict(self, me: Member) -> None:
-        asked_s, patience_s = self._clock.monotonic(), self._subscription.lease_s / 4
-        tick = self._watch.silent_at(asked_s)
-
-        def job(db: Connection) -> list[tuple[str, int]]:
-            # Everybody waited while this was waiting: nobody could beat, so nobody is to blame.
-            late = self._clock.monotonic() - asked_s > patience_s
-            return [] if late else group.evict(db, me, tick)
-
-        for name, events in await self._broker.writer.ask(job, durable=True, rings=True):
+        tick = self._watch.silent_at(self._clock.monotonic())
+        for name, events in await self._broker.writer.ask(
+            lambda db: group.evict(db, me, tick), durable=True, rings=True
+        ):
             logger.warning(
                 "group %s of %s: %s fell silent, its %d events go to others",
                 *(self._subscription.group, self._subscription.stream.name, name, events),
@@ -250,7 +240,6 @@ class SQLiteConsumer:
     def _lose(self, me: Member | None) -> None:
         if self._me is me:
             self._me = None
-            self._unseen.clear()
 
     async def _come_back(self) -> frozenset[Position]:
         """Enter anew after an eviction, unless somebody else did meanwhile; what was held then is lost."""

@@ -64,6 +64,14 @@ class Wish(NamedTuple):
     """Look first for what is held and not known."""
 
 
+class Taken(NamedTuple):
+    """What was claimed."""
+
+    claims: list[Claim]
+    unsure: bool
+    """There may be more of what is held and not known."""
+
+
 class Beat(NamedTuple):
     """A group's tick, and that of the other member who beat least recently."""
 
@@ -151,18 +159,17 @@ def look(db: sqlite3.Connection, me: Member, now_ms: int) -> Look:
     return Look(ready, due_ms, tick, _oldest(db, me, tick))
 
 
-def take(db: sqlite3.Connection, me: Member, wish: Wish, held: Container[Position]) -> list[Claim] | None:
+def take(db: sqlite3.Connection, me: Member, wish: Wish, held: Container[Position]) -> Taken | None:
     """Claim events: those due again first, then new ones. Nothing of what is held already."""
     if not _present(db, me):
         return None
-    claims: list[Claim] = []
     budget = _Budget(wish.limit)
-    if wish.unsure:
-        claims += _recover(db, me, budget, held)
-    claims += _take_due(db, me, wish.now_ms, budget, held)
+    if wish.unsure and (found := list(_recover(db, me, budget, held))):
+        return Taken(found, unsure=True)
+    claims = _take_due(db, me, wish.now_ms, budget, held)
     if budget.events:
         claims += _take_fresh(db, me, wish.turn, budget)
-    return claims
+    return Taken(claims, unsure=False)
 
 
 def begin(db: sqlite3.Connection, me: Member, positions: Sequence[Position]) -> bool:

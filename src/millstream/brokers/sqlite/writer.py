@@ -38,24 +38,19 @@ MAX_REQUESTS = 64  # in one transaction: a heartbeat must not wait behind an end
 ANSWER_WITHIN_S = 20.0  # twice what SQLite waits for a lock
 POLL_S = (0.002, 0.05)  # how often we look for commits of other processes
 POLL_SHARE = 0.02
-IDLE_S = 1.0  # without requests for this long, the log is looked after
-MAX_WAL_BYTES = 67_108_864  # above it, the log is taken back to its start when there is time
 CLOSE_WITHIN_S = 30.0
 
 
 class Request:
     """Something asked of a thread, and its answer."""
 
-    __slots__ = ("answer", "durable", "job", "late", "rings")
+    __slots__ = ("answer", "durable", "job", "rings")
 
-    def __init__(
-        self, job: Job[Any], answer: asyncio.Future[Any], durable: bool, rings: bool, late: Callable[[Any], None] | None
-    ) -> None:
+    def __init__(self, job: Job[Any], answer: asyncio.Future[Any], durable: bool, rings: bool) -> None:
         self.job = job
         self.answer = answer
         self.durable = durable
         self.rings = rings
-        self.late = late
 
 
 class Reader:
@@ -87,16 +82,14 @@ class Reader:
             await self.close()
             raise
 
-    async def ask(
-        self, job: Job[T], *, durable: bool = False, rings: bool = False, late: Callable[[T], None] | None = None
-    ) -> T:
+    async def ask(self, job: Job[T], *, durable: bool = False, rings: bool = False) -> T:
         """Run the job in the thread and return its result, once its transaction is committed.
 
-        `durable`: synchronised to disk as the URL says. `rings`: others may find something new afterwards. A caller that is
-        cancelled does not stop a job under way; its result then goes to `late`, on the event loop.
+        `durable`: synchronised to disk as the URL says. `rings`: others may find something new afterwards. Cancelling
+        withdraws a job that has not begun, and does not stop one under way.
         Raises `InDoubt` when the job may or may not have been committed, another `BrokerError` when it was not.
         """
-        request = Request(job, self._loop.create_future(), durable, rings, late)
+        request = Request(job, self._loop.create_future(), durable, rings)
         with self._lock:
             if self._closing:
                 raise BrokerDown(f"{self._file.path} is closed")
@@ -109,9 +102,6 @@ class Reader:
             result = self._overdue(request)
         except asyncio.CancelledError:
             self._withdraw(request)
-            # Cancelled in the very turn in which the answer came: then the answer itself is not cancelled.
-            if _succeeded(request.answer) and late is not None:
-                late(request.answer.result())
             raise
         return result
 
@@ -215,8 +205,6 @@ class Reader:
         for request, result in zip(batch, results, strict=True):
             if not request.answer.cancelled():
                 request.answer.set_result(result)
-            elif request.late is not None:
-                request.late(result)
 
     def _post(self, callback: Callable[..., None], *args: Any) -> None:
         try:
@@ -237,9 +225,8 @@ class Writer(Reader):
         self._bell = asyncio.Event()
         self._listening = 0
         self._version = -1
-        self._changed_s = self._served_s = clock.monotonic()
+        self._changed_s = clock.monotonic()
         self._synchronous = ""
-        self._untidy = False
 
     @property
     def bell(self) -> asyncio.Event:
@@ -257,16 +244,11 @@ class Writer(Reader):
             self._listening -= 1
 
     def _turn(self, batch: list[Request]) -> None:
-        if batch:
-            self._served_s = self._clock.monotonic()
-            self._untidy = True
-            if not self._commit(batch):
-                for request in batch:
-                    self._commit([request])
+        if batch and not self._commit(batch):
+            for request in batch:
+                self._commit([request])
         try:
             self._watch()
-            if not batch:
-                self._tidy()
         except (BrokerError, sqlite3.Error, OSError):  # whoever asks next is told
             self._disconnect()
 
@@ -310,7 +292,7 @@ class Writer(Reader):
         if self._listening:
             least_s, most_s = POLL_S
             return min(max((self._clock.monotonic() - self._changed_s) * POLL_SHARE, least_s), most_s)
-        return IDLE_S if self._untidy else None
+        return None
 
     def _watch(self) -> None:
         if not self._listening:
@@ -320,16 +302,6 @@ class Writer(Reader):
             self._version = version
             self._changed_s = self._clock.monotonic()
             self._post(self._ring)
-
-    def _tidy(self) -> None:
-        """Take the log back to its start; the next commit then cuts it to what is kept. Never to nothing, as TRUNCATE
-        would: on a full disk there would be no room left to settle in.
-        """
-        if not self._untidy or self._clock.monotonic() - self._served_s < IDLE_S:
-            return
-        self._untidy = False
-        if self._connection is not None and self._file.wal_bytes() > MAX_WAL_BYTES:
-            self._connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchall()
 
     def _end(self) -> None:
         self._disconnect()
