@@ -71,3 +71,9 @@ def test_a_batch_has_a_size_and_a_time() -> None:
 def test_an_unusable_batch_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(BadSetting):
         Batch(**options)
+
+
+@pytest.mark.parametrize("options", [{"factor": float("nan")}, {"never": [int]}, {"never": ValueError}])
+def test_a_policy_that_makes_no_sense_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(BadSetting):
+        Retry(**options)

@@ -11,6 +11,11 @@ from millstream.errors import BadSetting
 from millstream.settings import Settings
 
 
+def test_a_bad_variable_is_named() -> None:
+    with pytest.raises(BadSetting, match="MILLSTREAM_LEASE: 'soon' is not a duration"):
+        Settings.load({"MILLSTREAM_LEASE": "soon"})
+
+
 def test_without_anything_the_defaults_hold() -> None:
     settings = Settings.load({})
     assert settings == Settings()

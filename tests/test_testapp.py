@@ -13,6 +13,7 @@ from millstream import (
     Delivery,
     Event,
     MillstreamError,
+    Position,
     Reject,
     Retry,
     RetryLater,
@@ -274,3 +275,8 @@ async def test_dataclasses_and_models_are_events_too() -> None:
         await t.publish(A(1), to=stream)
         await t.publish(B(n=2), to=stream)
     assert got == [A(1), B(n=2)]
+
+
+def test_headers_that_cannot_be_read_count_as_none() -> None:
+    delivery = Delivery(Placed(order_id="o"), "i", None, "", "", 0, b"{broken", Position(0, "0"), 1, False, None, print)
+    assert delivery.headers == {}

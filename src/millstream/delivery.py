@@ -56,7 +56,7 @@ class Envelope(Generic[E_co]):
     def headers(self) -> Mapping[str, str]:
         """What travels beside the event: `causation`, `correlation`, `traceparent`, and your own."""
         if isinstance(self._headers, bytes):
-            self._headers = _read_headers(self._headers) if self._headers else {}
+            self._headers = _readable(self._headers)
         return self._headers
 
     @property
@@ -116,3 +116,11 @@ class Delivery(Envelope[E_co]):
         Stored only when the handler ends well. Raises `Unroutable` or `TooLarge` at once.
         """
         self.staged.append(self._stage(self, event, to))
+
+
+def _readable(headers: bytes) -> Mapping[str, str]:
+    """Headers that are no JSON object of text count as none: they come from a foreign producer, and the event is whole."""
+    try:
+        return _read_headers(headers) if headers else {}
+    except msgspec.MsgspecError:
+        return {}

@@ -27,9 +27,9 @@ class Retry:
     def __post_init__(self) -> None:
         if self.attempts < 1:
             raise BadSetting(f"Retry(attempts={self.attempts}): at least 1")
-        if self.factor < 1:
+        if not self.factor >= 1:
             raise BadSetting(f"Retry(factor={self.factor}): at least 1, or retries would come ever faster")
-        if isinstance(self.never, type) or not all(isinstance(e, type) for e in self.never):
+        if isinstance(self.never, type) or not all(_is_error(e) for e in self.never):
             raise BadSetting(f"Retry(never={self.never!r}): a list of exception classes")
         seconds(self.first), seconds(self.max)
 
@@ -54,3 +54,7 @@ class Batch:
         if not 1 <= self.size <= MAX_BATCH:
             raise BadSetting(f"Batch(size={self.size}): from 1 to {MAX_BATCH:,}")
         seconds(self.within)
+
+
+def _is_error(cls: object) -> bool:
+    return isinstance(cls, type) and issubclass(cls, BaseException)

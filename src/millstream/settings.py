@@ -69,6 +69,9 @@ class Settings:
                 continue
             try:
                 values[field.name] = int(text) if "int" in str(field.type) else text
+                cls(**{field.name: values[field.name]})
             except ValueError:
                 raise BadSetting(f"{variable}={text!r} is not a whole number") from None
+            except BadSetting as error:
+                raise BadSetting(f"{variable}: {error}") from None
         return cls(**values)

@@ -41,7 +41,7 @@ class Observer:
     async def sees(self, now: float, tick: int | None) -> int:
         """Watch at this time, while the counter stands there. Returns up to which score members count as silent."""
         self.world.now, self.world.tick = now, tick
-        await self.members.watch(cast(Link, self.world))
+        await self.members.watch(cast("Link", self.world))
         assert self.world.asked[:3] == ["ZRANGEBYSCORE", Keys("", "orders", 1).live("g"), "-inf"]
         return int(self.world.asked[3])
 

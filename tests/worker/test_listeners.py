@@ -152,4 +152,3 @@ class Deaf(Faulty):
             self.refused += 1
             raise BrokerDown("away")
         return await self.broker.read(*words)  # type: ignore[arg-type]
-
