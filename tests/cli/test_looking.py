@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from millstream import Settings
-from millstream.brokers.base import Dead, Done, Outcome, Record, Settlement, StreamSpec, Subscription
+from millstream.brokers.base import Claim, Dead, Done, Outcome, Record, Settlement, StreamSpec, Subscription
 from millstream.brokers.urls import broker_for
 from millstream.clock import Clock
 from millstream.telemetry import Telemetry
@@ -37,7 +37,7 @@ async def _happen(url: str, stream: str, group: str, outcomes: Sequence[Outcome]
         for n in range(len(outcomes) + keep)
     ]
     await broker.append(stream, records)
-    claims = []
+    claims: list[Claim] = []
     while len(claims) < len(records):
         claims += await consumer.fetch(len(records), 1)
     settled = [Settlement(claim.stored.position, outcome) for claim, outcome in zip(claims, outcomes, strict=False)]

@@ -183,7 +183,8 @@ class Consumer(Protocol):
         """Store outcomes and outputs; for each, False when the event was not ours any more (nothing was stored then).
 
         An output is stored before its outcome, a dead letter in the same step as its outcome. Safe to repeat: a settlement
-        that was stored already answers False and changes nothing. When it raises a retryable error, some may be stored:
+        that was stored already answers False and changes nothing. A dead letter past `MAX_DEAD` is not stored: its event
+        waits for some minutes and is tried again. When it raises a retryable error, some may be stored:
         send the same again. `BrokerFull` means that all were settled that need no room.
         """
         ...

@@ -45,10 +45,10 @@ from millstream.brokers.base import (
     Traits,
 )
 from millstream.clock import Clock
-from millstream.errors import BrokerFull, BrokerRefused, GroupOwned, LeaseLost, NotSupported, StreamMismatch
+from millstream.errors import BrokerRefused, GroupOwned, LeaseLost, NotSupported, StreamMismatch
 from millstream.settings import Settings
 from millstream.telemetry import Telemetry
-from millstream.units import MAX_DEAD, MAX_ERROR_CHARS
+from millstream.units import DEAD_FULL_S, MAX_DEAD, MAX_ERROR_CHARS
 
 LEAST_WAIT_S = 0.001  # due times are whole milliseconds: a shorter wait would spin until the next one
 
@@ -180,11 +180,7 @@ class MemoryConsumer:
         for settlement in settlements:
             for output in settlement.outputs:
                 self._broker.check(output.stream, output.record)
-        results = [self._settle(settlement) for settlement in settlements]
-        if (count := results.count(None)) > 0:
-            room = f"group {self._group.name!r} keeps {MAX_DEAD:,} dead letters of one partition, its limit"
-            raise BrokerFull(f"{room}: {count} more events stay pending until some are replayed or dropped")
-        return [result is True for result in results]
+        return [self._settle(settlement) for settlement in settlements]
 
     async def keep(self) -> Kept:
         """Heartbeat. After this consumer was found silent: enter the group again, and tell what it lost."""
@@ -213,17 +209,17 @@ class MemoryConsumer:
         self._group.members[member.name] = member
         return member
 
-    def _settle(self, settlement: Settlement) -> bool | None:
-        """None: there is no room for the dead letter, and nothing was changed."""
-        group = self._group
+    def _settle(self, settlement: Settlement) -> bool:
+        group, now_ms = self._group, self._clock.now_ms()
         pending = group.held(self._member, settlement.position)
         if pending is None:
             return False
-        if isinstance(settlement.outcome, Dead) and group.full(settlement.position.partition):
-            return None
+        outcome = settlement.outcome
+        if isinstance(outcome, Dead) and group.full(settlement.position.partition):
+            outcome = Later(now_ms + int(DEAD_FULL_S * 1000), "no room for more dead letters", counted=False)
         for output in settlement.outputs:
             self._broker.store(output.stream, output.record)
-        group.settle(pending, settlement.outcome, self._clock.now_ms())
+        group.settle(pending, outcome, now_ms)
         return True
 
     def _next_change_s(self) -> float:

@@ -418,7 +418,10 @@ def _console(*, err: bool = False) -> Console:
     from rich.console import Console
 
     file = sys.stderr if err else sys.stdout
-    return Console(file=file, force_terminal=is_terminal(file), highlight=False)
+    plain = bool(os.environ.get("NO_COLOR"))
+    return Console(
+        file=file, force_terminal=is_terminal(file), color_system=None if plain else "auto", highlight=False
+    )
 
 
 def _dim(words: str) -> str:

@@ -23,10 +23,9 @@ from millstream.brokers.base import (
 )
 from millstream.brokers.sqlite import log
 from millstream.errors import GroupOwned
-from millstream.units import MAX_APPEND_BYTES, MAX_DEAD, MAX_ERROR_CHARS
+from millstream.units import DEAD_FULL_S, MAX_APPEND_BYTES, MAX_DEAD, MAX_ERROR_CHARS
 
 MAX_EVICTED = 8  # members in one transaction; the next beat takes the others
-FULL_WAIT_MS = 300_000  # what cannot become a dead letter waits this long, instead of going round at once
 MAX_TAKE_BYTES = MAX_APPEND_BYTES  # events in one answer, the first one apart
 
 _FINISH = "DELETE FROM pending WHERE grp = ? AND consumer = ? AND row = ? AND attempt = ?"
@@ -382,7 +381,7 @@ def _bury(db: sqlite3.Connection, mine: tuple[int, int, int, int], why: Dead, no
     kept = (group, row >> log.SEQ_BITS)
     (dead,) = db.execute("SELECT dead FROM cursor WHERE grp = ? AND log = ?", kept).fetchone()
     if dead >= MAX_DEAD:
-        return _wait(db, mine, now_ms + FULL_WAIT_MS, postponed=False)
+        return _wait(db, mine, now_ms + int(DEAD_FULL_S * 1000), postponed=False)
     if not db.execute(_FINISH, mine).rowcount:
         return False
     db.execute(
