@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,7 +44,7 @@ def test_what_is_kept_can_be_looked_at_with_the_other_commands(project: Project)
     assert command == "millstream group ls"
     looked = subprocess.run(
         ["bash", "-c", f"unset MILLSTREAM_APP; {export}; millstream group ls -o json"],
-        env={"PATH": f"{Path(subprocess.sys.executable).parent}:/usr/bin:/bin"},
+        env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"},
         capture_output=True,
         text=True,
         check=False,
@@ -68,3 +70,11 @@ def test_a_terminal_shows_the_board_within_24_lines_of_80(project: Project) -> N
         assert len(first.splitlines()) <= 24
         for words in ("AIRPORT", "JFK", "GROUP", "alerts", "AIRLINE", "ALERTS", "of 600 events", "HANDLED"):
             assert words in screen.text
+
+
+def test_interrupting_the_demo_ends_it(project: Project) -> None:
+    with terminal(project, "demo", "--speed", "1", columns=80) as screen:
+        screen.until("AIRPORT")
+        screen.process.send_signal(signal.SIGINT)
+        assert screen.ended() == 130
+        assert screen.text.rstrip().endswith("millstream: interrupted")

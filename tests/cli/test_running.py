@@ -56,8 +56,9 @@ def test_a_second_signal_cuts_off_what_still_runs(project: Project) -> None:
     assert program.wait() == 1
 
 
-def test_only_the_groups_that_were_named_are_handled(project: Project) -> None:
-    program = running(project, "--only", "billing")
+@pytest.mark.parametrize("only", [("--only", "billing"), ("--only", "orders/billing"), ("--only", "billing,billing")])
+def test_only_the_groups_that_were_named_are_handled(project: Project, only: tuple[str, ...]) -> None:
+    program = running(project, *only)
     assert program.interrupt() == 0
     listed = json.loads(project("group", "ls", "-o", "json").stdout)
     assert [group["name"] for group in listed] == ["orders/billing"]

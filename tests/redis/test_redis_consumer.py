@@ -1,102 +1,38 @@
-"""A member of a group on real servers: what it promises while connections, groups, servers and other members go away."""
+"""A member of a group on real servers: what it claims, settles and keeps, and what becomes of it when it dies."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from typing import Any
 
 import pytest
 
-from millstream.brokers.base import Claim, Dead, Done, Later, Outcome, Output, Settlement, StreamSpec, Subscription
-from millstream.brokers.redis import incarnation
-from millstream.brokers.redis.broker import RedisBroker
-from millstream.brokers.redis.consumer import RedisConsumer
-from millstream.brokers.redis.incarnation import Incarnation
+from millstream.brokers.base import Claim, Dead, Done, Later, Output, Settlement
 from millstream.brokers.redis.members import CLAIM_AFTER_S
-from millstream.clock import Clock
-from millstream.errors import BrokerDown, BrokerError, BrokerFull, GroupOwned, LeaseLost
+from millstream.errors import BrokerError, GroupOwned, LeaseLost
 from millstream.stream import Position
 from tests.redis import brokers
-from tests.redis.brokers import opened, records, run_in
+from tests.redis.brokers import records, run_in
+from tests.redis.consuming import (
+    LEASE_S,
+    MANY,
+    WAIT_S,
+    alone,
+    claimed,
+    clients,
+    clock,
+    ids,
+    joined,
+    life_of,
+    pending,
+    settled,
+    soon,
+)
 from tests.redis.raw import DUE, GROUP, LOG, META, NOTE, Raw
 from tests.servers import RedisServer
 
 started = brokers.started
 server = brokers.server
-
-ORDERS = StreamSpec("orders")
-MANY = StreamSpec("many", partitions=4, key="order_id")
-LEASE_S = 1.0
-WAIT_S = 10.0  # for what must come; nothing takes so long
-
-clock = Clock()
-
-
-async def joined(broker: RedisBroker, spec: StreamSpec = ORDERS, **changes: Any) -> RedisConsumer:
-    wanted = {"stream": spec, "group": GROUP, "owner": "app", "lease_s": LEASE_S} | changes
-    return await RedisConsumer.join(broker, Subscription(**wanted))
-
-
-@asynccontextmanager
-async def alone(server: RedisServer, spec: StreamSpec = ORDERS) -> AsyncIterator[tuple[RedisBroker, RedisConsumer]]:
-    async with opened(server.url, spec) as broker:
-        consumer = await joined(broker, spec)
-        yield broker, consumer
-        await consumer.close()
-
-
-def life_of(consumer: RedisConsumer) -> Incarnation:
-    assert consumer._life is not None
-    return consumer._life
-
-
-async def claimed(consumer: RedisConsumer, count: int, *, beats: bool = False) -> list[Claim]:
-    """So many claims, in as many calls as it takes."""
-    claims: list[Claim] = []
-    async with asyncio.timeout(WAIT_S):
-        while len(claims) < count:
-            claims += await consumer.fetch(count - len(claims), 0.1)
-            if beats:
-                await consumer.keep()
-    return claims
-
-
-async def settled(consumer: RedisConsumer, claims: Sequence[Claim], outcome: Outcome | None = None) -> list[bool]:
-    return await consumer.settle([Settlement(claim.stored.position, outcome or Done()) for claim in claims])
-
-
-async def persistent(call: Any, *args: Any) -> Any:
-    """As a worker calls: again, while it is told that trying again can help."""
-    async with asyncio.timeout(WAIT_S):
-        while True:
-            try:
-                return await call(*args)
-            except BrokerError as error:
-                if not error.retryable:
-                    raise
-                await asyncio.sleep(0.01)
-
-
-def ids(claims: Sequence[Claim]) -> list[str]:
-    return [claim.stored.record.id for claim in claims]
-
-
-def soon(seconds: float = 0.0) -> Later:
-    return Later(clock.now_ms() + int(seconds * 1000), "try again")
-
-
-def pending(server: RedisServer) -> int:
-    (info,) = run_in(server, "XINFO", "GROUPS", LOG)
-    found: int = dict(zip(info[::2], info[1::2], strict=True))[b"pending"]
-    return found
-
-
-def clients(server: RedisServer, side: str) -> list[bytes]:
-    lines = run_in(server, "CLIENT", "LIST").splitlines()
-    return [line.split(b" ", 1)[0].removeprefix(b"id=") for line in lines if f"-{side} ".encode() in line]
 
 
 # The healthy way
@@ -117,7 +53,8 @@ async def test_events_are_claimed_settled_and_gone(server: RedisServer) -> None:
 async def test_no_more_than_asked_for_comes_from_many_partitions(server: RedisServer) -> None:
     async with alone(server, MANY) as (broker, consumer):
         await broker.append("many", records(100, partitions=4))
-        sizes, found = [], []
+        sizes: list[int] = []
+        found: list[Claim] = []
         while len(found) < 100:
             claims = await consumer.fetch(3, WAIT_S)
             sizes.append(len(claims))
@@ -320,192 +257,6 @@ async def test_suspects_are_narrowed_down_in_two_steps(server: RedisServer) -> N
         assert await settled(consumer, claims) == [True] * 3 and not run_in(server, "EXISTS", NOTE)
 
 
-# Connections, groups and servers that go away
-
-
-@pytest.mark.parametrize("side", ["reader", "writer"])
-async def test_a_lost_connection_costs_no_event_and_no_attempt(server: RedisServer, side: str) -> None:
-    async with alone(server) as (broker, consumer):
-        done: set[str] = set()
-        for number in range(20):
-            await broker.append("orders", records(10, first=10 * number))
-            claims = await persistent(consumer.fetch, 10, 0.1)
-            async with asyncio.TaskGroup() as group:
-                acks = [Settlement(claim.stored.position, Done()) for claim in claims]
-                settling = group.create_task(persistent(consumer.settle, acks))
-                fetching = group.create_task(persistent(consumer.fetch, 5, 0.02))
-                for id_ in clients(server, side):
-                    run_in(server, "CLIENT", "KILL", "ID", id_)
-            assert all(settling.result())
-            more = fetching.result()
-            assert all(await persistent(settled, consumer, more))
-            assert {claim.attempt for claim in claims + more} <= {1}
-            assert done.isdisjoint(ids(claims + more)), "what was acked does not come again"
-            done.update(ids(claims + more))
-        while claims := await persistent(consumer.fetch, 100, 0.1):
-            assert {claim.attempt for claim in claims} == {1} and all(await settled(consumer, claims))
-            done.update(ids(claims))
-        assert len(done) == 200 and pending(server) == 0 and not (await consumer.keep()).lost
-
-
-async def test_what_was_delivered_and_never_seen_is_recovered(server: RedisServer) -> None:
-    async with alone(server) as (broker, consumer):
-        await broker.append("orders", records(450))
-        with Raw(server.port) as redis:  # as a read whose answer was lost
-            assert len(redis.read(life_of(consumer).name, 450)) == 450
-        assert await consumer.fetch(10, 0) == []
-        for id_ in clients(server, "reader"):
-            run_in(server, "CLIENT", "KILL", "ID", id_)
-        with pytest.raises(BrokerDown):
-            await consumer.fetch(10, 1)
-        claims = await claimed(consumer, 450)
-        assert len(set(ids(claims))) == 450 and {claim.attempt for claim in claims} == {1}
-        assert all(await settled(consumer, claims))
-
-
-async def test_what_was_taken_by_a_call_that_was_cancelled_is_recovered(server: RedisServer) -> None:
-    async with alone(server) as (broker, consumer):
-        await broker.append("orders", records(3))
-        assert all(await settled(consumer, await claimed(consumer, 3), soon()))
-        life_of(consumer)._watch_at = float("inf")  # so that the next question is for what is due
-        server.pause()
-        try:
-            task = asyncio.get_running_loop().create_task(consumer.fetch(3, WAIT_S))
-            await asyncio.sleep(0.05)  # a task has no sign that it waits for an answer
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-        finally:
-            server.resume()
-        claims = await consumer.fetch(3, WAIT_S)
-        assert [claim.attempt for claim in claims] == [2] * 3 and all(await settled(consumer, claims))
-
-
-async def test_a_connection_that_only_we_have_lost_is_ended_on_the_server(server: RedisServer) -> None:
-    async with alone(server) as (_, consumer):
-        old = life_of(consumer).reader
-        old._error = BrokerDown("cut off")  # as behind a broken network: the server notices nothing
-        assert await consumer.fetch(1, 0) == []
-        (now,) = clients(server, "reader")
-        assert int(now) != old.client_id == int(now) - 1
-        old._transport.abort() if old._transport else None
-
-
-@pytest.mark.parametrize("command", [("XGROUP", "DESTROY", "orders", "g"), ("DEL", "orders"), ("FLUSHALL",)])
-async def test_a_group_that_vanishes_under_a_waiting_read_is_made_again(
-    server: RedisServer, command: tuple[str, ...]
-) -> None:
-    async with alone(server) as (broker, consumer):
-        await broker.append("orders", records(3))
-        assert all(await settled(consumer, await claimed(consumer, 3)))
-        await consumer.keep()  # sweeps: the group can be made again where it stands
-        async with asyncio.TaskGroup() as group:
-            waiting = group.create_task(persistent(consumer.fetch, 10, WAIT_S))
-            await brokers.until(lambda: life_of(consumer)._blocked_until_ms > 0)
-            run_in(server, *command)
-            if command[0] == "FLUSHALL":
-                await broker.declare(ORDERS)
-            await broker.append("orders", records(1, first=3))
-        claims = waiting.result()
-        assert ids(claims) == ["id-3"] and await settled(consumer, claims) == [True]
-        assert not (await consumer.keep()).lost and await consumer.fetch(10, 0) == []
-
-
-async def test_a_group_that_vanishes_while_events_are_held_loses_none(server: RedisServer) -> None:
-    async with alone(server) as (broker, consumer):
-        await broker.append("orders", records(4))
-        first, _second, *_ = held = await claimed(consumer, 4)
-        run_in(server, "XGROUP", "DESTROY", LOG, GROUP)
-        assert await settled(consumer, [first], soon()) == [False]
-        again = await claimed(consumer, 1)
-        assert ids(again) == ids([first])
-        assert await consumer.fetch(10, 0) == [], "what is held does not come twice"
-        assert await settled(consumer, [*held[1:], *again]) == [True] * 4 and pending(server) == 0
-
-
-async def test_a_stream_that_begins_anew_is_read_from_its_beginning(server: RedisServer) -> None:
-    async with alone(server) as (broker, consumer):
-        late = await joined(broker, group="late", start="now")
-        run_in(server, "FLUSHALL")
-        await broker.declare(ORDERS)
-        await broker.append("orders", records(2))
-        assert ids(await claimed(consumer, 2)) == ids(await claimed(late, 2)) == ["id-0", "id-1"]
-        await late.close()
-
-
-async def test_another_life_of_the_server_ends_that_of_the_consumer() -> None:
-    for version in brokers.VERSIONS:
-        with RedisServer.start(version, appendonly="yes", appendfsync="always") as server:
-            async with opened(server.url, ORDERS) as broker:
-                consumer = await joined(broker)
-                await broker.append("orders", records(3))
-                done, *held = await claimed(consumer, 3)
-                assert await settled(consumer, [done]) == [True]
-                server.restart()
-                assert await persistent(settled, consumer, held) == [False] * 2
-                assert (await persistent(consumer.keep)).lost == {claim.stored.position for claim in held}
-                again = await claimed(consumer, 2)
-                assert [(claim.attempt, claim.suspect) for claim in again] == [(2, 0)] * 2
-                assert ids(again) == ids(held) and await settled(consumer, again) == [True] * 2
-                assert len(run_in(server, "KEYS", "*fence*")) == 1
-                await consumer.close()
-
-
-async def test_closing_without_a_server_is_quiet() -> None:
-    with RedisServer.start("7") as server:
-        async with opened(server.url, ORDERS) as broker:
-            consumer = await joined(broker)
-            await broker.append("orders", records(1))
-            await claimed(consumer, 1)
-            server.kill()
-            await consumer.close()
-
-
-# No room
-
-
-async def test_at_maxmemory_acks_retries_and_beats_go_on(server: RedisServer) -> None:
-    async with alone(server) as (broker, consumer):
-        await broker.append("orders", records(6))
-        acked, retried, dead, staged, *held = await claimed(consumer, 6)
-        run_in(server, "CONFIG", "SET", "maxmemory", 1)
-        try:
-            settlements = [
-                Settlement(dead.stored.position, Dead("failed", "why")),
-                Settlement(
-                    staged.stored.position, Done(), [Output("orders", record) for record in records(1, first=6)]
-                ),
-                Settlement(acked.stored.position, Done()),
-                Settlement(retried.stored.position, soon()),
-            ]
-            for _ in range(2):
-                with pytest.raises(BrokerFull):
-                    await consumer.settle(settlements)
-                assert pending(server) == 5, "all that needs no room is settled"
-            assert not (await consumer.keep()).lost
-            (again,) = await claimed(consumer, 1)
-            assert ids([again]) == ids([retried]) and await settled(consumer, [again, *held]) == [True] * 3
-        finally:
-            run_in(server, "CONFIG", "SET", "maxmemory", 0)
-        assert await consumer.settle(settlements) == [True, True, False, False]
-        assert ids(await claimed(consumer, 1)) == ["id-6"]
-
-
-async def test_an_event_waits_while_there_is_no_room_for_its_dead_letter(
-    server: RedisServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(incarnation, "MAX_DEAD", 1)
-    async with alone(server) as (broker, consumer):
-        await broker.append("orders", records(3))
-        claims = await claimed(consumer, 3)
-        assert await settled(consumer, claims, Dead("failed", "")) == [True] * 3
-        (group,) = await broker.admin.groups("orders")
-        assert (group.dead, group.pending, group.scheduled) == (1, 2, 2)
-        for info in await broker.admin.pending("orders", GROUP, 10):
-            assert info.due_ms is not None and 290_000 < info.due_ms - clock.now_ms() < 310_000
-            assert info.attempt == 0, "it does not count"
-
-
 # What nobody else looks at
 
 
@@ -553,6 +304,6 @@ async def test_figures_of_a_group_add_up(server: RedisServer) -> None:
         (group,) = await broker.admin.groups("many")
         assert (group.done, group.dead, group.replayed, group.dropped) == (10, 2, 2, 2)
         assert (group.retried, group.scheduled, group.lag) == (3, 5, 40 - 30 - len(life_of(consumer).surplus))
-        assert group.pending + group.done + group.dead + group.dropped + group.lag == 40
+        assert group.pending + (group.done or 0) + group.dead + group.dropped + (group.lag or 0) == 40
         (stream,) = await broker.admin.streams()
         assert (stream.spec, stream.events, stream.added) == (MANY, 40, 40)

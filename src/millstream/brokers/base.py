@@ -15,6 +15,7 @@ from typing import Literal, Protocol, TypeAlias
 
 from msgspec import Struct
 
+from millstream.errors import GroupOwned, StreamMismatch
 from millstream.stream import Position
 from millstream.wire.entry import Record
 
@@ -43,6 +44,8 @@ __all__ = [
     "StreamSpec",
     "Subscription",
     "Traits",
+    "check_declared",
+    "check_owner",
 ]
 
 Confirm: TypeAlias = Literal["memory", "fsync", "replicated"]
@@ -357,3 +360,27 @@ class Broker(Protocol):
     async def subscribe(self, subscription: Subscription) -> Consumer:
         """Join a group, which is made if it is new. Raises `GroupOwned`, `StreamMismatch`, `NotSupported`."""
         ...
+
+
+def check_declared(recorded: StreamSpec, declared: StreamSpec, where: str) -> None:
+    """Raise `StreamMismatch` when a stream is declared differently from how it was first used."""
+    if recorded != declared:
+        raise StreamMismatch(
+            f"stream {declared.name!r} on {where} exists with {_declaration(recorded)}; here it is declared with "
+            f"{_declaration(declared)}. Events lie where the first declaration put them: declare it like that, or use "
+            "another name"
+        )
+
+
+def check_owner(stream: str, group: str, owner: str, ours: str) -> None:
+    """Raise `GroupOwned` when the group belongs to another app."""
+    if owner != ours:
+        raise GroupOwned(
+            f"group {group!r} of stream {stream!r} belongs to the app {owner!r}, not to {ours!r}: use another name, or run "
+            f"`millstream group adopt {group}`"
+        )
+
+
+def _declaration(spec: StreamSpec) -> str:
+    key = {"": "no key", "()": "a function as key"}.get(spec.key, f"key={spec.key!r}")
+    return f"partitions={spec.partitions}, {key}, codec={spec.codec!r}"

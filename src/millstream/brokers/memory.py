@@ -43,9 +43,11 @@ from millstream.brokers.base import (
     StreamSpec,
     Subscription,
     Traits,
+    check_declared,
+    check_owner,
 )
 from millstream.clock import Clock
-from millstream.errors import BrokerRefused, GroupOwned, LeaseLost, NotSupported, StreamMismatch
+from millstream.errors import BrokerRefused, LeaseLost, NotSupported
 from millstream.settings import Settings
 from millstream.telemetry import Telemetry
 from millstream.units import DEAD_FULL_S, MAX_DEAD, MAX_ERROR_CHARS
@@ -72,9 +74,7 @@ class MemoryBroker:
 
     async def declare(self, stream: StreamSpec) -> None:
         """Create the stream, or compare it with what is recorded."""
-        known = self.logs.setdefault(stream.name, _Log(stream)).spec
-        if known != stream:
-            raise StreamMismatch(f"stream {stream.name!r} exists as {known}, and is declared here as {stream}")
+        check_declared(self.logs.setdefault(stream.name, _Log(stream)).spec, stream, self.url)
 
     async def append(self, stream: str, records: Sequence[Record], confirm: Confirm = "memory") -> list[Position]:
         """Store the records: all or, when it raises, none."""
@@ -109,11 +109,7 @@ class MemoryBroker:
         await self.declare(subscription.stream)
         log, name, owner = self.logs[subscription.stream.name], subscription.group, subscription.owner
         group = log.groups.setdefault(name, _Group(log, name, owner, log.find(subscription.start)))
-        if group.owner != owner:
-            raise GroupOwned(
-                f"group {name!r} of {log.spec.name!r} belongs to the app {group.owner!r}, not to {owner!r}: use another "
-                f"name, or run `millstream group adopt {name}`"
-            )
+        check_owner(log.spec.name, name, group.owner, owner)
         return MemoryConsumer(self, group, subscription.lease_s)
 
     def quiet(self) -> bool:

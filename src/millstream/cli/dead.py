@@ -115,7 +115,9 @@ def dead() -> None:
 
 @dead.command()
 @_filters
-@click.option("--limit", type=click.IntRange(min=0), default=100, show_default=True, help="At most so many; 0: all.")
+@click.option(
+    "--limit", type=click.IntRange(min=0), metavar="N", default=100, show_default=True, help="At most so many; 0: all."
+)
 @show.output_option
 @click.pass_obj
 def ls(given: Given, /, limit: int, output: Output, **filters: Any) -> None:

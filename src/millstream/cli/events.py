@@ -111,8 +111,8 @@ def tail(
 ) -> None:
     """Show the events of a stream, the oldest first.
 
-    Belongs to no group, and changes nothing. An entry that is no event is shown as such. What -o jsonl prints can be
-    published again.
+    Belongs to no group, so it takes no event from anybody. An entry that is no event is shown as such. What -o jsonl
+    prints can be published again.
     """
     look = Look(since, follow, limit, kind, key)
     target.run(lambda: _tail(target.find(given), stream, look, output))

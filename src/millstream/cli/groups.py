@@ -55,7 +55,7 @@ def group() -> None:
 @show.output_option
 @click.pass_obj
 def ls(given: Given, output: Output) -> None:
-    """List the groups of all streams: how far behind they are, and their dead letters."""
+    """List the groups of all streams, and how far they are."""
     target.run(lambda: _list(given, output))
 
 

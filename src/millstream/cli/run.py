@@ -33,7 +33,9 @@ _FIGURES = (
 
 @click.command(cls=Command)
 @click.argument("name", metavar="[APP]", required=False)
-@click.option("--workers", type=click.IntRange(1, MAX_WORKERS), default=1, show_default=True, help="Processes.")
+@click.option(
+    "--workers", type=click.IntRange(1, MAX_WORKERS), metavar="N", default=1, show_default=True, help="Processes."
+)
 @click.option("--only", multiple=True, metavar="GROUP", help="Only this group; may be repeated.")
 @click.option(
     "--grace", metavar="DURATION", help="How long handlers may take to finish after a stop signal, as in 25s."
@@ -41,9 +43,10 @@ _FIGURES = (
 @click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
+    metavar="LEVEL",
     default="info",
     show_default=True,
-    help="What to log on stderr.",
+    help="Log debug, info, warning or error, on stderr.",
 )
 @click.pass_obj
 def run(given: Given, name: str | None, workers: int, only: tuple[str, ...], grace: str | None, log_level: str) -> int:
@@ -58,12 +61,12 @@ def run(given: Given, name: str | None, workers: int, only: tuple[str, ...], gra
     app = meant.app
     if grace is not None:
         app.configure(grace=seconds(grace))
-    _check_groups(app, only)
+    chosen = _chosen(app, only)
     if not is_child():
-        _say_what_runs(app, only)
+        _say_what_runs(app, chosen)
     _log(log_level, tracebacks=given.debug)
     try:
-        return DONE if app.run(workers=workers, only=only) else PART
+        return DONE if app.run(workers=workers, only=chosen) else PART
     except MillstreamError:
         raise
     except Exception as error:
@@ -73,7 +76,9 @@ def run(given: Given, name: str | None, workers: int, only: tuple[str, ...], gra
 
 
 @click.command(cls=Command)
-@click.option("--events", type=click.IntRange(1, MAX_EVENTS), default=2_000, show_default=True, help="How many.")
+@click.option(
+    "--events", type=click.IntRange(1, MAX_EVENTS), metavar="N", default=2_000, show_default=True, help="How many."
+)
 @click.option("--speed", default=f"{DEFAULT_SPEED:g}", metavar="X|max", show_default=True, help="Times real time.")
 @click.option("--keep", is_flag=True, help="Keep everything, and say how other commands can look at it.")
 @show.output_option
@@ -94,20 +99,25 @@ def demo(given: Given, events: int, speed: str, keep: bool, output: Output) -> i
     return PART if any(figures.lost for figures in summary.groups.values()) else DONE
 
 
-def _check_groups(app: App, only: tuple[str, ...]) -> None:
-    known = sorted({group.name for group in app.groups()})
-    if not known and not app.listeners():
+def _chosen(app: App, only: tuple[str, ...]) -> frozenset[str]:
+    """The names of the groups to run; empty for all."""
+    groups = app.groups()
+    if not groups and not app.listeners():
         raise Mistake(f"{app.name} has no handlers: give App(…, include=[router]) a router with subscribers.")
-    for name in only:
-        if name not in known:
-            raise Mistake(f"{app.name} has no group {name!r}; it has: {', '.join(known) or 'none'}.")
+    names = {name: group.name for group in groups for name in (group.name, f"{group.stream.name}/{group.name}")}
+    wanted = [name for name in ",".join(only).split(",") if name]
+    for name in wanted:
+        if name not in names:
+            known = ", ".join(sorted(set(names.values())))
+            raise Mistake(f"{app.name} has no group {name!r}; it has: {known or 'none'}.")
+    return frozenset(names[name] for name in wanted)
 
 
-def _say_what_runs(app: App, only: tuple[str, ...]) -> None:
+def _say_what_runs(app: App, chosen: frozenset[str]) -> None:
     for group in app.groups():
-        if not only or group.name in only:
+        if not chosen or group.name in chosen:
             show.note(f"group {group.stream.name}/{group.name}: {', '.join(group.routes)}")
-    for listener in app.listeners() if not only else ():
+    for listener in () if chosen else app.listeners():
         show.note(
             f"listener {listener.signature.name} of {listener.stream.name}: {', '.join(listener.signature.types)}"
         )

@@ -39,9 +39,10 @@ output_option = click.option(
     "-o",
     "--output",
     type=click.Choice(["table", "json", "jsonl"]),
+    metavar="FORMAT",
     default="table",
     show_default=True,
-    help="How to show it: for people, as JSON, or as JSON lines.",
+    help="table, json or jsonl (JSON lines).",
 )
 
 
@@ -419,9 +420,7 @@ def _console(*, err: bool = False) -> Console:
 
     file = sys.stderr if err else sys.stdout
     plain = bool(os.environ.get("NO_COLOR"))
-    return Console(
-        file=file, force_terminal=is_terminal(file), color_system=None if plain else "auto", highlight=False
-    )
+    return Console(file=file, force_terminal=is_terminal(file), color_system=None if plain else "auto", highlight=False)
 
 
 def _dim(words: str) -> str:

@@ -137,9 +137,10 @@ async def find_stream(broker: Broker, name: str, meant: Target, *, make: bool = 
     `make`: one that only the app knows so far is made, as its first event would make it.
     """
     declared = meant.stream(name)
-    if make and declared is not None:
-        await broker.declare(spec_of(declared))
     known = {info.spec.name: info for info in await broker.admin.streams()}
+    if name not in known and declared is not None and make:
+        await broker.declare(spec_of(declared))
+        known = {info.spec.name: info for info in await broker.admin.streams()}
     if name in known:
         return known[name]
     if declared is not None:

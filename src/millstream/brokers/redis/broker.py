@@ -18,7 +18,17 @@ from collections.abc import Mapping, Sequence
 
 from hiredis import ReplyError
 
-from millstream.brokers.base import Admin, Confirm, Consumer, Start, Stored, StreamSpec, Subscription, Traits
+from millstream.brokers.base import (
+    Admin,
+    Confirm,
+    Consumer,
+    Start,
+    Stored,
+    StreamSpec,
+    Subscription,
+    Traits,
+    check_declared,
+)
 from millstream.brokers.redis import control
 from millstream.brokers.redis.admin import RedisAdmin
 from millstream.brokers.redis.consumer import RedisConsumer
@@ -31,7 +41,6 @@ from millstream.errors import (
     BrokerError,
     BrokerRefused,
     NotSupported,
-    StreamMismatch,
     Unconfirmed,
     WireError,
 )
@@ -227,12 +236,7 @@ class RedisBroker:
     async def _declare(self, stream: StreamSpec, link: Link) -> _Known:
         keys = self._keys_of(stream)
         recorded = await self._recorded(link, stream.name) or await self._record(link, stream)
-        if recorded != stream:
-            raise StreamMismatch(
-                f"stream {stream.name!r} on {self.url} is declared as {_declaration(recorded)}, here as "
-                f"{_declaration(stream)}. Events already lie where the first declaration put them: declare it like that, "
-                "or use another name"
-            )
+        check_declared(recorded, stream, self.url)
         replies = await link.calls([("TYPE", log) for log in keys.logs])
         for log, kind in zip(keys.logs, replies, strict=True):
             if not isinstance(kind, ReplyError) and kind not in (b"stream", b"none"):
@@ -468,7 +472,3 @@ def _stored(partition: int, offset: str, fields: Sequence[bytes]) -> Stored:
     except WireError:
         record = Record(partition, f"{partition}@{offset}", "", entry.preview(fields).encode())
     return Stored(Position(partition, offset), record)
-
-
-def _declaration(spec: StreamSpec) -> str:
-    return f"partitions={spec.partitions}, key={spec.key!r}, codec={spec.codec!r}"

@@ -17,7 +17,7 @@ A read is never cut: whoever is cancelled while it waits leaves the answer for t
 until an answer has come it counts as lost: `recover` compares the pending list with what is in memory, after each repair,
 and every minute. It runs only while no answer is under way.
 
-The hot path, read, parse and ack of a fresh event, costs 1.0 µs of Python.
+The hot path, claim and ack of a fresh event of 200 bytes, costs this process 2.0 µs, system calls included.
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ from millstream.brokers.base import (
     Settlement,
     Stored,
     Subscription,
+    check_owner,
 )
 from millstream.brokers.sqlite import log
-from millstream.errors import GroupOwned
 from millstream.units import DEAD_FULL_S, MAX_APPEND_BYTES, MAX_DEAD, MAX_ERROR_CHARS
 
 MAX_EVICTED = 8  # members in one transaction; the next beat takes the others
@@ -94,11 +94,7 @@ def enter(db: sqlite3.Connection, name: str, subscription: Subscription, life: L
         "SELECT id, owner FROM grp WHERE stream = ? AND name = ?", (stream.id, subscription.group)
     ).fetchone()
     group, owner = found or (_make(db, stream, subscription), subscription.owner)
-    if owner != subscription.owner:
-        raise GroupOwned(
-            f"group {subscription.group!r} of stream {subscription.stream.name!r} belongs to the app {owner!r}, not to "
-            f"{subscription.owner!r}: use another name, or `millstream group adopt {subscription.group}`"
-        )
+    check_owner(subscription.stream.name, subscription.group, owner, subscription.owner)
     tick = _tick(db, group)
     row = (group, life.name, life.nonce, tick, life.beat_s, subscription.lease_s)
     added = db.execute("INSERT INTO member (grp, name, nonce, tick, beat_s, lease_s) VALUES (?, ?, ?, ?, ?, ?)", row)

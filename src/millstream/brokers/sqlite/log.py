@@ -9,8 +9,8 @@ import sqlite3
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from millstream.brokers.base import Position, Record, Start, Stored, StreamSpec
-from millstream.errors import BrokerRefused, NotSupported, StreamMismatch
+from millstream.brokers.base import Position, Record, Start, Stored, StreamSpec, check_declared
+from millstream.errors import BrokerRefused, NotSupported
 from millstream.units import MAX_PARTITIONS
 
 SEQ_BITS = 40
@@ -51,17 +51,15 @@ class _End:
 
 def declare(db: sqlite3.Connection, name: str, spec: StreamSpec) -> Known:
     """The stream under this name, made if it is new. Raises `StreamMismatch`."""
-    wanted = (spec.partitions, spec.key, spec.codec)
     known = find(db, name)
     if known is None:
-        db.execute("INSERT INTO stream (name, partitions, key, codec) VALUES (?, ?, ?, ?)", (name, *wanted))
+        row = (name, spec.partitions, spec.key, spec.codec)
+        db.execute("INSERT INTO stream (name, partitions, key, codec) VALUES (?, ?, ?, ?)", row)
         known = known_as(db, name)
         if known.id > MAX_STREAMS:
             raise BrokerRefused(f"the file has {MAX_STREAMS:,} streams, more do not fit: use another file")
         db.executemany("INSERT INTO log (id) VALUES (?)", [(known.log(p),) for p in range(spec.partitions)])
-    elif known[2:] != wanted:
-        recorded = StreamSpec(spec.name, *known[2:])
-        raise StreamMismatch(f"stream {spec.name!r} exists as {recorded}, and is declared here as {spec}")
+    check_declared(StreamSpec(spec.name, *known[2:]), spec, "this file")
     return known
 
 
