@@ -42,15 +42,16 @@ class Terminal:
         self.text = ""
 
     def until(self, words: str) -> None:
-        wait_until(lambda: words in self._read(), WITHIN_S, f"no {words!r} in {self.text!r}")
+        try:
+            wait_until(lambda: words in self._read(), WITHIN_S, f"no {words!r}")
+        except RuntimeError as error:
+            raise AssertionError(f"{error}: {self.text!r}") from None
 
     def type(self, keys: str) -> None:
         os.write(self._master, keys.encode())
 
     def ended(self) -> int:
-        wait_until(
-            lambda: self._read() is not None and self.process.poll() is not None, WITHIN_S, f"runs on: {self.text!r}"
-        )
+        wait_until(lambda: self._read() is not None and self.process.poll() is not None, WITHIN_S, "it runs on")
         self._read()
         return self.process.returncode
 

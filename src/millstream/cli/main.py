@@ -211,7 +211,7 @@ def _complain(error: BaseException, debug: bool) -> int:
     """One line on stderr, and the exit code."""
     if debug:
         traceback.print_exception(error)
-    error = _innermost(error)
+    error = innermost(error)
     code = exit_code(error)
     match error:
         case click.exceptions.NoArgsIsHelpError():
@@ -233,7 +233,7 @@ def _complain(error: BaseException, debug: bool) -> int:
     return code
 
 
-def _innermost(error: BaseException) -> BaseException:
+def innermost(error: BaseException) -> BaseException:
     """The first error of a group: task groups wrap what one of their tasks raised."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

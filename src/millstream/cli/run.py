@@ -11,7 +11,7 @@ import click
 from millstream.app import App
 from millstream.brokers.urls import mask
 from millstream.cli import show, target
-from millstream.cli.main import DONE, PART, Command, Given, Mistake
+from millstream.cli.main import DONE, PART, Command, Given, Mistake, innermost
 from millstream.cli.show import Column, Output
 from millstream.demo.app import DEFAULT_SPEED, DemoOptions, Summary, play
 from millstream.errors import MillstreamError
@@ -67,12 +67,10 @@ def run(given: Given, name: str | None, workers: int, only: tuple[str, ...], gra
     _log(log_level, tracebacks=given.debug)
     try:
         return DONE if app.run(workers=workers, only=chosen) else PART
-    except MillstreamError:
-        raise
     except Exception as error:
-        if given.debug:
+        if isinstance(innermost(error), MillstreamError):
             raise
-        raise click.ClickException(f"{app.name} ended: {target.blame(error)}") from error
+        raise click.ClickException(f"{app.name} ended: {target.blame(innermost(error))}") from error
 
 
 @click.command(cls=Command)

@@ -28,6 +28,10 @@ class Backoff:
 
     async def pause(self, error: BrokerError) -> None:
         """Tell, wait, return to try again. Raises the error where trying again cannot help."""
+        await self._clock.sleep(self.delay_s(error))
+
+    def delay_s(self, error: BrokerError) -> float:
+        """Tell, and say how long to wait before trying again. Raises the error where that cannot help."""
         if not error.retryable:
             raise error
         self._telemetry.emit(BROKER_ERROR, group=self._group, doing=self._doing, error=error)
@@ -35,5 +39,5 @@ class Backoff:
         if now - self._logged >= _LOG_EVERY_S:
             self._logged = now
             logger.warning("group %s cannot %s now and tries again: %s", self._group, self._doing, error)
-        await self._clock.sleep(self._delay_s * (0.5 + self._clock.chance() / 2))
-        self._delay_s = min(self._delay_s * 2, _LONGEST_S)
+        delay_s, self._delay_s = self._delay_s, min(self._delay_s * 2, _LONGEST_S)
+        return delay_s * (0.5 + self._clock.chance() / 2)

@@ -104,6 +104,15 @@ class Lane:
             self.task.uncancel()
         return cause
 
+    def free(self) -> None:
+        """The call is over. Raises when the worker is over too, and the handler has swallowed its cancellation."""
+        self.deadline = _FOREVER
+        self.claims = ()
+        if self.cause is not None:
+            self.take_cause()
+        if self.task is not None and self.task.cancelling():
+            raise asyncio.CancelledError
+
 
 class Lanes:
     """The lanes of one group, and the queue before them."""
@@ -158,6 +167,7 @@ class Lanes:
     def stop(self) -> None:
         """Start nothing more; `run` ends when the running handlers have ended."""
         self._stopping = True
+        self._keeper.wake()
         self._more.set()
         for waiter in self._idle:
             if not waiter.done():
@@ -207,11 +217,8 @@ class Lanes:
         else:
             self._settle(Settlement(claim.stored.position, DONE, outputs))
         finally:
-            lane.deadline = _FOREVER
-            lane.claims = ()
-            if lane.cause is not None:  # the handler swallowed its cancellation
-                lane.take_cause()
             gate.leave()
+            lane.free()
 
     async def _batches(self, lane: Lane) -> None:
         """One batch after the other. Only one lane gathers at a time, so that batches become full."""
@@ -271,11 +278,8 @@ class Lanes:
         except BaseException as error:
             self._failed(lane, route, error)
         finally:
-            lane.deadline = _FOREVER
-            lane.claims = ()
-            if lane.cause is not None:
-                lane.take_cause()
             self._gate.leave()
+            lane.free()
 
     async def _suspects(self, lane: Lane, route: Route, claims: Sequence[Claim]) -> None:
         """Events that a crash left behind: noted as started first, and alone if they were running in one."""

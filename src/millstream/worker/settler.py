@@ -2,6 +2,9 @@
 
 There is no timer. While one call is under way, outcomes gather and leave with the next; a lone one leaves at once. So the
 batch grows with the load by itself: one outcome a call when little happens, hundreds when much does.
+
+A full broker may still settle what needs no room. Dead letters and outputs step aside, and are tried again after a pause,
+beside which all others go on.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from millstream.brokers.base import Consumer, Dead, Settlement
+from millstream.brokers.base import Consumer, Dead, Position, Settlement
 from millstream.clock import Clock
 from millstream.errors import BrokerError, BrokerFull
 from millstream.telemetry import STALE, Telemetry
@@ -27,9 +30,14 @@ class Settler:
         self._consumer = consumer
         self._group = group
         self._telemetry = telemetry
+        self._clock = clock
         self._backoff = Backoff("settle", group, clock, telemetry)
+        self._room = Backoff("store dead letters and outputs", group, clock, telemetry)
         self._settled = settled
         self._waiting: list[Settlement] = []
+        self._aside: list[Settlement] = []
+        self._aside_until = 0.0
+        self._repeated: set[Position] = set()
         self._wake = asyncio.Event()
         self._stopping = False
 
@@ -46,34 +54,49 @@ class Settler:
 
     async def run(self) -> None:
         """Ends after `stop`, when all is settled. Cancelled, it drops the rest: those events come again."""
-        while self._waiting or not self._stopping:
+        while self._waiting or self._aside or not self._stopping:
+            pause_s = self._aside_until - self._clock.monotonic()
+            if self._aside and pause_s <= 0:
+                self._waiting, self._aside = self._aside + self._waiting, []
             if self._waiting:
                 batch, self._waiting = self._waiting[:MAX_SETTLE], self._waiting[MAX_SETTLE:]
                 await self._settle(batch)
+                continue
+            self._wake.clear()
+            if self._aside:
+                await self._clock.wait(self._wake, pause_s)
             else:
-                self._wake.clear()
                 await self._wake.wait()
 
     async def _settle(self, batch: list[Settlement]) -> None:
         try:
             answers = await self._consumer.settle(batch)
-        except BrokerFull as error:  # what needs no room is settled; the rest waits for it and blocks nothing
-            rest = [settlement for settlement in batch if _needs_room(settlement)]
-            self._settled(len(batch) - len(rest))
-            self._waiting += rest
-            await self._backoff.pause(error)
         except BrokerError as error:  # nothing is known: the same again, until it is answered or refused
-            self._waiting = batch + self._waiting
-            await self._backoff.pause(error)
+            self._repeated.update(settlement.position for settlement in batch)
+            large = [settlement for settlement in batch if _needs_room(settlement)]
+            if isinstance(error, BrokerFull) and large:
+                self._waiting = [settlement for settlement in batch if not _needs_room(settlement)] + self._waiting
+                self._aside += large
+                self._aside_until = self._clock.monotonic() + self._room.delay_s(error)
+            else:
+                self._waiting = batch + self._waiting
+                await self._backoff.pause(error)
         else:
             self._backoff.reset()
+            if not self._aside:
+                self._room.reset()
             self._settled(len(batch))
             if not all(answers):
                 self._tell_refused(batch, answers)
+            if self._repeated:
+                self._repeated.difference_update(settlement.position for settlement in batch)
 
     def _tell_refused(self, batch: Sequence[Settlement], answers: Sequence[bool]) -> None:
+        """Of what was sent twice nobody can tell: the first answer, which we never got, may have been a yes."""
         refused = [settlement.position for settlement, ours in zip(batch, answers, strict=True) if not ours]
-        self._telemetry.emit(STALE, group=self._group, positions=refused)
+        refused = [position for position in refused if position not in self._repeated]
+        if refused:
+            self._telemetry.emit(STALE, group=self._group, positions=refused)
 
 
 def _needs_room(settlement: Settlement) -> bool:
