@@ -116,7 +116,7 @@ class Publisher:
         envelope = event if isinstance(event, Envelope) else None
         own = envelope.headers if envelope is not None else {}
         correlation = delivery.headers.get(CORRELATION, delivery.id)
-        headers = _json({CAUSATION: delivery.id, CORRELATION: correlation, **own})
+        headers = _headers({CAUSATION: delivery.id, CORRELATION: correlation, **own})
         record = self._record(route, event if envelope is None else envelope.event, envelope, headers)
         return Output(route.stream.name, record)
 
@@ -229,15 +229,18 @@ class _Writer:
     def __init__(self, append: Callable[[Sequence[Record]], Awaitable[list[Position]]]) -> None:
         self._append = append
         self._queue: list[tuple[Record, asyncio.Future[Position]]] = []
+        self._taken: list[tuple[Record, asyncio.Future[Position]]] = []
         self._wake = asyncio.Event()
         self._written = asyncio.Event()
-        self._stopping = False
+        self._stopping = self._ended = False
 
     @property
     def waiting(self) -> int:
         return len(self._queue)
 
     async def append(self, record: Record) -> Position:
+        if self._ended:
+            raise MillstreamError("the app is closed; nothing was stored")
         future: asyncio.Future[Position] = asyncio.get_running_loop().create_future()
         self._queue.append((record, future))
         self._wake.set()
@@ -252,21 +255,34 @@ class _Writer:
         self._wake.set()
 
     async def run(self) -> None:
-        while self._queue or not self._stopping:
-            if not self._queue:
-                await self._wake.wait()
-                self._wake.clear()
-                continue
-            taken, self._queue = self._queue[:MAX_APPEND_RECORDS], self._queue[MAX_APPEND_RECORDS:]
+        try:
+            while self._queue or not self._stopping:
+                if self._queue:
+                    await self._write()
+                else:
+                    await self._wake.wait()
+                    self._wake.clear()
+        finally:  # also when the app ends with an error: nobody may wait for an answer that will not come
+            self._ended = True
+            unanswered, self._queue = self._taken + self._queue, []
             self._written.set()
-            try:
-                results: Sequence[Any] = await self._append([record for record, _ in taken])
-            except Unconfirmed as error:
-                results = [result if result is not None else Unconfirmed(str(error)) for result in error.results]
-            except Exception as error:
-                results = [error] * len(taken)
-            for (_, future), result in zip(taken, results, strict=True):
-                _answer(future, result)
+            for _, future in unanswered:
+                _answer(
+                    future, Unconfirmed("the app has ended in the middle of this; the event may or may not be stored")
+                )
+
+    async def _write(self) -> None:
+        taken = self._taken = self._queue[:MAX_APPEND_RECORDS]
+        self._queue = self._queue[MAX_APPEND_RECORDS:]
+        self._written.set()
+        try:
+            results: Sequence[Any] = await self._append([record for record, _ in taken])
+        except Unconfirmed as error:
+            results = [result if result is not None else Unconfirmed(str(error)) for result in error.results]
+        except Exception as error:
+            results = [error] * len(taken)
+        for (_, future), result in zip(taken, results, strict=True):
+            _answer(future, result)
 
 
 def spec_of(stream: Stream[Any]) -> StreamSpec:

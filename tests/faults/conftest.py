@@ -27,7 +27,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "sqlite":
         yield f"sqlite:///{tmp_path}/shop.db"
         return
-    with RedisServer.start("7") as server:
+    with RedisServer.start("7", appendonly="yes") as server:
         yield server.url
 
 

@@ -6,7 +6,7 @@ Where it lives, what it writes and how it is to die comes from the environment:
     FAULTS_JOURNAL   the directory of journals; its file `enough` ends a publisher that has published its count
     FAULTS_DIE       POINT:N, to be killed by itself when it comes to that point for the N-th time
     FAULTS_SLOW      how many seconds a `slow` event takes here
-    FAULTS_MUTANT    the mistake that this process makes on purpose: `ack_first`, `no_fence`, `no_hand_back`
+    FAULTS_MUTANT    the mistake that this process makes on purpose: `ack_first`, `no_fence`, `no_hand_back`, `deaf`
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Watched:
 
     async def keep(self) -> Kept:
         kept = await self._consumer.keep()
-        for position in kept.lost:
+        for position in kept.lost & self._claims.keys():  # others were on their way to us
             self._tell("lost", position)
         return kept
 
@@ -131,6 +131,13 @@ class AckFirst(Watched):
         return [True] * len(settlements)
 
 
+class Deaf(Watched):
+    """A mistake: it never ends."""
+
+    async def close(self) -> None:
+        time.sleep(600)
+
+
 class NoHandBack(Watched):
     """A mistake: a process that ends keeps what it holds."""
 
@@ -150,7 +157,7 @@ def watched(*given: Any) -> Broker:
     broker = broker_for(*given)
     subscribe = broker.subscribe
     mutant = os.environ.get("FAULTS_MUTANT", "")
-    kind = {"ack_first": AckFirst, "no_hand_back": NoHandBack}.get(mutant, Watched)
+    kind = {"ack_first": AckFirst, "no_hand_back": NoHandBack, "deaf": Deaf}.get(mutant, Watched)
     if mutant == "no_fence":
         no_fence()
 

@@ -57,7 +57,9 @@ class Supervisor:
             started = self._clock.monotonic()
             code = await self._live(index, pipe)
             if self._stopping.is_set() or code == 0:
-                self.exit_code = self.exit_code or max(code, 0) or int(code < 0)
+                # Ended by the signal that we passed on: it could not catch it yet, or any more, and had nothing in hand.
+                drained = code in (0, -signal.SIGTERM, -signal.SIGINT)
+                self.exit_code = self.exit_code or (0 if drained else max(code, 1))
                 return
             if code in _HOPELESS and self._clock.monotonic() - started < _STEADY_S:
                 self.exit_code = code
@@ -79,6 +81,8 @@ class Supervisor:
             start_new_session=True,  # a Ctrl-C reaches the children through us, once
         )
         self._children[index] = child
+        if self._stopping.is_set():  # while it was being spawned: the signal was passed on without it
+            child.terminate()
         logger.info("worker %d is process %d", index, child.pid)
         try:
             return await self._ended(child)
