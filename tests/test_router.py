@@ -166,7 +166,10 @@ def bound(*handlers: tuple[Stream[Any], Callable[..., Any], dict[str, Any]]) -> 
 @pytest.mark.parametrize(
     ("handlers", "words"),
     [
-        ([(orders, charge, {}), (orders, charge, {})], "'order.placed' is handled by charge in group 'billing' already"),
+        (
+            [(orders, charge, {}), (orders, charge, {})],
+            "'order.placed' is handled by charge in group 'billing' already",
+        ),
         ([(orders, load, {}), (orders, refund, {})], "a batch handler must be the only one of its group"),
         (
             [(orders, charge, {"concurrency": 1}), (orders, refund, {"concurrency": 2})],
@@ -205,17 +208,13 @@ def test_handlers_that_clash_in_a_group_are_refused(handlers: list[Any], words: 
         (lambda _: Stream("orders", Placed, key="id"), BadStream, "key='id' is not a field of Placed"),
         (lambda _: Stream("orders", Placed, partitions=0), BadStream, "partitions=0 must be from 1 to 1,024"),
         (lambda _: Stream("orders", 5), BadStream, "5 is not an event class; write Stream"),
-        (lambda _: event("a b"), None, ""),
         (lambda _: event("a.b")(int), BadEvent, "int is not a dataclass, a pydantic v2 model or a Struct"),
         (lambda _: event("a b")(type("X", (Event,), {})), BadEvent, "X: 'a b' cannot name a type; use letters"),
         (lambda _: event("a.v2")(type("X", (Event,), {})), BadEvent, "write the version of 'a.v2' as version=N"),
     ],
 )
 def test_what_is_declared_wrongly_is_refused_at_once(
-    declare: Callable[[Router], object], error: type[Exception] | None, words: str
+    declare: Callable[[Router], object], error: type[Exception], words: str
 ) -> None:
-    if error is None:
-        declare(Router())
-        return
     with pytest.raises(error, match=words):
         declare(Router())

@@ -149,8 +149,17 @@ def no_fence() -> None:
     """A mistake: whoever comes with an outcome is believed."""
     from millstream.brokers.sqlite import group
 
+    fenced, present = group.settle, group._present
     group._FINISH = "DELETE FROM pending WHERE grp = ? AND ? > 0 AND row = ? AND ? > 0"
-    group._present = lambda db, me: True
+
+    def believing(*given: Any) -> list[bool] | None:
+        group._present = lambda db, me: True
+        try:
+            return fenced(*given)
+        finally:
+            group._present = present
+
+    group.settle = believing
 
 
 def watched(*given: Any) -> Broker:

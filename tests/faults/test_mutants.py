@@ -19,7 +19,7 @@ def file(tmp_path: Path) -> str:
 def test_events_that_are_over_before_they_are_handled_are_lost(file: str, journals: Path) -> None:
     with Crew(file, journals, FAULTS_MUTANT="ack_first") as crew:
         _, verdict = test_kills.killed(crew, test_kills.SEED, 5, 2_000, 2_000)
-        assert verdict.lost and all(id_ in verdict.history for id_ in list(verdict.lost)[:1])
+        assert verdict.lost and any(id_ in verdict.history for id_ in verdict.lost)
         with pytest.raises(AssertionError, match="lost"):
             verdict.check()
 

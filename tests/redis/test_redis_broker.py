@@ -136,17 +136,22 @@ async def test_a_server_that_is_down_wrong_or_locked_is_said_at_the_opening() ->
 
 async def test_each_danger_of_a_server_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
     with RedisServer.start("7", maxmemory_policy="allkeys-lru") as server:
-        async with opened(server.url) as broker, asyncio.timeout(10):
-            await broker.control()
+        async with opened(server.url, ALERTS) as broker:
+            await broker.read("alerts", 0, None, 1)
+            assert not caplog.records  # who only looks is not bothered
+            for _ in range(2):
+                await broker.append("alerts", records(1))
         assert len(caplog.records) == 2
         assert "allkeys-lru" in caplog.text and "keeps nothing on disk" in caplog.text
     caplog.clear()
     with RedisServer.start("7", appendonly="yes") as server:
-        async with opened(server.url):
+        async with opened(server.url, ALERTS) as broker:
+            await broker.append("alerts", records(1))
             assert not caplog.records
         run_in(server, "ACL", "SETUSER", "shop", "on", ">x", "~*", "+@all", "-config")
         run_in(server, "CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
-        async with opened(f"redis://shop:x@127.0.0.1:{server.port}/0"):
+        async with opened(f"redis://shop:x@127.0.0.1:{server.port}/0", ALERTS) as broker:
+            await broker.append("alerts", records(1))
             assert not caplog.records  # what we may not ask is passed over
 
 
@@ -176,7 +181,8 @@ async def test_a_declaration_is_recorded_once_and_compared_ever_after(server: Re
             StreamSpec("orders", partitions=4, key="order_id", codec="msgpack"),
         ):
             with pytest.raises(
-                StreamMismatch, match=r"partitions=4, key='order_id'.*here as partitions=.*or use another"
+                StreamMismatch,
+                match=r"partitions=4, key='order_id'.*here it is declared with partitions=.*or use another",
             ):
                 await broker.declare(changed)
         assert await other.spec("orders") == ORDERS

@@ -75,6 +75,7 @@ class RedisBroker:
         self.clock = clock
         self.telemetry = telemetry
         self.target = control.target(url, settings)
+        self._warned = False
         self._admin = RedisAdmin(self)
         self._open = False
         self._run_id = ""
@@ -159,6 +160,7 @@ class RedisBroker:
         """
         if confirm != "memory":
             raise NotSupported(f"{self.url} cannot confirm {confirm!r} yet, only 'memory'")
+        await self._warn()
         link = await self._publish.get()  # first: another server may not know the stream
         known = await self._known(stream, link)
         _check_records(known, records)
@@ -221,7 +223,13 @@ class RedisBroker:
 
     async def subscribe(self, subscription: Subscription) -> Consumer:
         """Join a group, which is made if it is new."""
+        await self._warn()
         return await RedisConsumer.join(self, subscription)
+
+    async def _warn(self) -> None:
+        if not self._warned:  # those who only look are not bothered
+            self._warned = True
+            await control.warn(await self.control())
 
     def _meet(self, link: Link) -> None:
         self._links.add(link)

@@ -50,12 +50,12 @@ from millstream.errors import (
     PublishError,
 )
 from millstream.telemetry import BROKER_ERROR, logger
-from millstream.units import MAX_ERROR_CHARS
+from millstream.units import DEAD_FULL_S, MAX_ERROR_CHARS
 
 if TYPE_CHECKING:
     from millstream.brokers.redis.broker import RedisBroker
 
-DEAD_FULL_S = 300.0  # no room for a dead letter: the event waits, so that it is neither lost nor tried in a loop
+
 MAX_FORMERS = 16  # lives whose eviction is still owed; the sweep finds all others
 LOG_S = 1.0  # one line a second says as much as a thousand
 

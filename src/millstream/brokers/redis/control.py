@@ -62,15 +62,17 @@ def target(url: str, settings: Settings) -> Target:
 
 
 async def check(link: Link) -> None:
-    """Refuse a server that cannot work; warn, once each, of settings under which events can be lost.
-
-    What we may not ask is passed over. Raises `BrokerRefused` for a server that is too old, `NotSupported` for a cluster.
-    """
+    """Refuse a server that cannot work: `BrokerRefused` if it is too old, `NotSupported` if it is a cluster."""
     where, version = link.target.where, link.info.get("redis_version", "")
     if version and _numbers(version) < OLDEST:
         raise BrokerRefused(f"{where} runs Redis {version}; Millstream needs 6.2 or later")
     if link.info.get("redis_mode") == "cluster":
         raise NotSupported(f"{where} is part of a Redis Cluster, which Millstream cannot use yet: name a single server")
+
+
+async def warn(link: Link) -> None:
+    """Warn of settings under which events can be lost. What we may not ask is passed over."""
+    where = link.target.where
     asked = ("maxmemory-policy", "save", "appendonly")
     replies = await link.calls([("CONFIG", "GET", name) for name in asked])
     if any(isinstance(reply, hiredis.ReplyError) or len(reply) != 2 for reply in replies):

@@ -27,12 +27,12 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from millstream.brokers.base import Claim, Position, Stored, Subscription
+from millstream.brokers.base import Claim, Position, Stored, Subscription, check_owner
 from millstream.brokers.redis.claims import again, fault
 from millstream.brokers.redis.link import BLOCK_MARGIN_S, BLOCK_S, Answers, Link, ReplyError, pack
 from millstream.brokers.redis.members import MAX_ITEMS, Members, Place
 from millstream.brokers.redis.scripts import scripts
-from millstream.errors import BrokerDown, BrokerError, BrokerRefused, GroupOwned, LeaseLost, NotSupported, WireError
+from millstream.errors import BrokerDown, BrokerError, BrokerRefused, LeaseLost, NotSupported, WireError
 from millstream.units import MAX_DEAD
 from millstream.wire import entry
 
@@ -127,10 +127,7 @@ class Incarnation:
             if state == b"MODE":
                 raise NotSupported(f"group {place.group!r} of {place.stream!r} is consumed in the order of keys")
             if state == b"OWNER":
-                raise GroupOwned(
-                    f"group {place.group!r} of {place.stream!r} belongs to the app {answer[0].decode()!r}, not to "
-                    f"{owner!r}: use another name, or run `millstream group adopt {place.group}`"
-                )
+                check_owner(place.stream, place.group, answer[0].decode(), owner)
 
     async def repair(self) -> None:
         """Replace the links that were lost. Raises `LeaseLost` when the server, or our place in it, is another."""
