@@ -286,7 +286,7 @@ def endless(inner: "Annotated[str, Depends(endless)]") -> str:
     ids=["shorter-lived", "delivery", "unknown-parameter", "circle"],
 )
 def test_a_dependency_that_cannot_work_is_found_at_registration(depends: Depends, words: str) -> None:
-    async def charge(event: Placed, made: Annotated[str, depends]) -> None: ...  # type: ignore[valid-type]
+    async def charge(event: Placed, made: Annotated[str, depends]) -> None: ...
 
     with pytest.raises(BadHandler, match=words) as caught:
         Router().subscriber(orders, "billing")(charge)

@@ -201,13 +201,13 @@ def test_handlers_that_clash_in_a_group_are_refused(handlers: list[Any], words: 
         (lambda r: r.include(charge), BadHandler, "is not a part; include routers"),
         (lambda _: Router(timeout="-1s"), BadSetting, "is not a duration"),
         (lambda _: Retry(0), BadSetting, r"Retry\(attempts=0\): at least 1"),
-        (lambda _: Retry(never=ValueError), BadSetting, "a list of exception classes"),
+        (lambda _: Retry(never=ValueError), BadSetting, "a list of exception classes"),  # type: ignore[arg-type]
         (lambda _: Batch(0), BadSetting, r"Batch\(size=0\): from 1 to 10,000"),
         (lambda _: Stream("or ders", Placed), BadSetting, "'or ders' cannot name a stream"),
         (lambda _: Stream("orders", Event), BadStream, r"Event has no type name; write class Event\(Event, type='…'\)"),
         (lambda _: Stream("orders", Placed, key="id"), BadStream, "key='id' is not a field of Placed"),
         (lambda _: Stream("orders", Placed, partitions=0), BadStream, "partitions=0 must be from 1 to 1,024"),
-        (lambda _: Stream("orders", 5), BadStream, "5 is not an event class; write Stream"),
+        (lambda _: Stream("orders", 5), BadStream, "5 is not an event class; write Stream"),  # type: ignore[arg-type]
         (lambda _: event("a.b")(int), BadEvent, "int is not a dataclass, a pydantic v2 model or a Struct"),
         (lambda _: event("a b")(type("X", (Event,), {})), BadEvent, "X: 'a b' cannot name a type; use letters"),
         (lambda _: event("a.v2")(type("X", (Event,), {})), BadEvent, "write the version of 'a.v2' as version=N"),

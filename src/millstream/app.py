@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Collection, Iterable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -275,16 +275,22 @@ class _Opened:
 
 @asynccontextmanager
 async def _unwrapped() -> AsyncIterator[None]:
-    """A group that holds one error becomes that error: what a user catches is what was raised."""
+    """A group of errors of one kind becomes the first of them: what a user catches is what was raised."""
     try:
         yield
     except BaseExceptionGroup as group:
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-            error = error.exceptions[0]
-        if error is group:
+        errors = list(_leaves(group))
+        if len({type(error) for error in errors}) > 1:
             raise
-        raise error from None
+        raise errors[0] from None
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error
 
 
 def _envelope(stored: Stored, decoders: dict[str, Callable[[bytes], Any]]) -> Envelope[Any] | None:

@@ -50,6 +50,7 @@ class Envelope(Generic[E_co]):
         self.source = ""
         """The app that published it."""
         self.time_ms = 0
+        """When it was published, in milliseconds since the epoch; 0 until it is."""
         self._headers: Mapping[str, str] | bytes = headers or {}
 
     @property

@@ -159,14 +159,15 @@ class Publisher:
         key = stream.key_of(event) if envelope is None or envelope.key is None else envelope.key
         if key is not None and len(key) * 4 > MAX_KEY_BYTES and len(key.encode()) > MAX_KEY_BYTES:
             raise TooLarge(f"the key of {type(event).__name__} is over {MAX_KEY_BYTES:,} bytes; use a hash of it")
-        id_ = self._clock.new_id()
+        id_, time_ms = self._clock.new_id(), 0
         if envelope is not None:
             id_ = _checked_id(envelope.id) or id_
+            time_ms = envelope.time_ms  # one that was read keeps its time
             headers = headers or _headers(envelope.headers)
         if len(headers) > MAX_HEADERS_BYTES:
             raise TooLarge(f"headers are {len(headers):,} bytes, over the limit of {MAX_HEADERS_BYTES:,}")
         partition = partition_of(id_ if key is None else key, stream.partitions)
-        return Record(partition, id_, route.type, data, key, 0, headers, None, self._source)
+        return Record(partition, id_, route.type, data, key, time_ms, headers, None, self._source)
 
     def _chunks(self, events: Sequence[Any], to: Stream[Any] | None) -> Iterator[_Chunk]:
         """One write after the other: of one stream, and of a limited size."""

@@ -199,7 +199,7 @@ class RedisAdmin:
         # are thrown out; and when nobody does, nobody has touched the counter for a lease.
         members, idle_s = await link.calls([("ZCARD", keys.live(group)), ("OBJECT", "IDLETIME", keys.tick(group))])
         lease_s = self._broker.settings.lease_s
-        silent = isinstance(idle_s, int) and idle_s > lease_s
+        silent = isinstance(idle_s, int) and idle_s > lease_s + 1  # it counts in whole seconds
         return 0 if silent else int(_answer(link, members, 0))
 
     async def _found(self, letters: Sequence[DeadLetter]) -> list[tuple[DeadLetter, Keys | None, Position]]:

@@ -475,8 +475,9 @@ def _verdict(stream: str, results: Sequence[Result], trouble: BrokerError) -> Br
 
 
 def _stored(partition: int, offset: str, fields: Sequence[bytes]) -> Stored:
+    stored_ms = int(offset.partition("-")[0])
     try:
-        record = entry.read(fields, partition=partition, offset=offset, stored_ms=int(offset.partition("-")[0]))
+        record = entry.read(fields, partition=partition, offset=offset, stored_ms=stored_ms)
     except WireError:
-        record = Record(partition, f"{partition}@{offset}", "", entry.preview(fields).encode())
+        record = Record(partition, f"{partition}@{offset}", "", entry.preview(fields).encode(), None, stored_ms)
     return Stored(Position(partition, offset), record)

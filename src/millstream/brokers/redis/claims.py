@@ -24,5 +24,6 @@ def fault(
     partition: int, offset: str, fields: Sequence[bytes], count: int, why: str, suspect: int = 0, postponed: int = 0
 ) -> Claim:
     """The claim of an entry that is no event."""
-    record = Record(partition, f"{partition}@{offset}", "", entry.preview(fields).encode())
+    stored_ms = int(offset.partition("-")[0])
+    record = Record(partition, f"{partition}@{offset}", "", entry.preview(fields).encode(), None, stored_ms)
     return Claim(Stored(Position(partition, offset), record), count, suspect, postponed, why)
