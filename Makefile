@@ -18,7 +18,7 @@ demo: $(READY) ## watch real flight events flow; ARGS="--events 20000 --speed ma
 	@$(BIN)/millstream demo $(ARGS)
 
 test: $(READY) redis ## run the tests; ARGS="-k house -x"
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses 4 --dist worksteal $(ARGS)
 
 lint: $(READY) ## check format, rules and types
 	@$(BIN)/ruff format --check .
