@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -126,6 +127,28 @@ class Trial:
         self._children.append(child)
         self.note(f"process {child.pid}: {' '.join(map(str, words))} {more or ''}")
         return child
+
+    def stop(self, child: Child) -> None:
+        """SIGSTOP, at a moment when it holds no lock of the file.
+
+        A process that is stopped inside of a transaction holds up every writer of an SQLite file until it goes on: that is
+        so, and not what is tried here.
+        """
+        child.signal(signal.SIGSTOP)
+        while self.url.startswith("sqlite") and not self._file_is_free():
+            child.signal(signal.SIGCONT)
+            time.sleep(POLL_S)
+            child.signal(signal.SIGSTOP)
+
+    def _file_is_free(self) -> bool:
+        """Nobody keeps a lock: those of living processes are short."""
+        until_s = time.monotonic() + 0.3
+        with Path(f"{self.url.removeprefix('sqlite:///')}-turnstile").open("wb") as file:
+            while time.monotonic() < until_s:
+                with suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return True
+        return False
 
     def publish(self, count: int, *, rate: float = 1e6, within_s: float = 60, **more: str) -> None:
         """Publish so many events, and wait until all are confirmed."""

@@ -11,8 +11,7 @@ from tests.faults.processes import LONG, Child, Trial, ending
 
 ZOMBIES = 4
 ROUNDS = 50 if LONG else 5  # of four zombies each: 20
-EVENTS = 60  # a round: enough for every process to hold some
-HANDLER = "slow:0.4"  # long enough to be stopped in the middle of it
+EVENTS = 40  # a round: enough for every process to hold some
 
 
 class Rounds:
@@ -30,7 +29,7 @@ class Rounds:
         trial.until(lambda: all(self._holds(zombie, mine) for zombie in zombies), "each zombie holds an event")
         before = {zombie.pid: self._told(zombie) for zombie in zombies}
         for zombie in zombies:
-            zombie.signal(signal.SIGSTOP)
+            trial.stop(zombie)
         held = {zombie.pid: self._holding(zombie, mine) for zombie in zombies}
         trial.note(f"round {number}: stopped with {held}")
         trial.until(lambda: mine <= trial.history.finished, f"round {number} is finished by the healthy one")
@@ -67,8 +66,8 @@ class Rounds:
 @pytest.mark.timeout(1_200 if LONG else 120)
 def test_a_zombie_settles_nothing(trial: Trial, record_property: Callable[[str, object], None]) -> None:
     rounds = Rounds(trial)
-    workers = [trial.child("work", handler=HANDLER, concurrency=4) for _ in range(ZOMBIES + 1)]
-    healthy, *zombies = workers
+    healthy = trial.child("work", handler="slow:0.05", concurrency=4)
+    zombies = [trial.child("work", handler="slow:0.4", concurrency=2) for _ in range(ZOMBIES)]
     with ending(healthy, *zombies):
         for number in range(ROUNDS):
             rounds.play(number, zombies)

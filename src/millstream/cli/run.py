@@ -25,8 +25,9 @@ _FIGURES = (
     Column("GROUP", "group"),
     Column("HANDLED", "handled", show.count),
     Column("RETRIED", "retried", show.count),
-    Column("DEAD", "dead", show.count),
+    Column("DIED", "died", show.count),
     Column("REPLAYED", "replayed", show.count),
+    Column("DEAD", "dead", show.count),
     Column("LOST", "lost", show.count),
 )
 
