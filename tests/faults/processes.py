@@ -143,7 +143,7 @@ class Trial:
     def _file_is_free(self) -> bool:
         """Nobody keeps a lock: those of living processes are short."""
         until_s = time.monotonic() + 0.3
-        with Path(f"{self.url.removeprefix('sqlite:///')}-turnstile").open("wb") as file:
+        with Path(f"{self.url.removeprefix('sqlite:///')}-turn").open("rb") as file:
             while time.monotonic() < until_s:
                 with suppress(BlockingIOError):
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -190,3 +190,28 @@ async def test_in_a_batch_group_who_was_running_in_a_crash_is_called_alone() -> 
     async with at_work(app, shop.broker):
         await settled(shop.broker)
     assert sorted(calls) == [[0], [1], [2], [3, 4, 5]]
+
+
+async def test_the_timeout_of_a_suspect_begins_when_its_handler_does() -> None:
+    app, gate, ended = app_of(timeout="5s"), asyncio.Event(), list[str]()
+
+    @app.subscriber(orders, "billing")
+    async def charge(event: Base) -> None:
+        try:
+            await gate.wait()
+            ended.append("well")
+        except asyncio.CancelledError:
+            ended.append("timed out")
+            raise
+
+    shop = Shop(app, 1)
+    await shop.left_by(1)
+    begun = shop.broker.hanging["begin"] = asyncio.Event()
+    async with at_work(app, shop.broker):
+        await until(lambda: shop.broker.calls["begin"] == 1)
+        await shop.clock.advance(20)
+        begun.set()
+        await shop.clock.advance(3)
+        gate.set()
+        await settled(shop.broker)
+    assert ended == ["well"]

@@ -297,6 +297,7 @@ class Lanes:
                     await self._handle_any(lane, route, claims)
 
     async def _handle_any(self, lane: Lane, route: Route, claims: Sequence[Claim]) -> None:
+        self._turn = self._clock.monotonic()  # it may have waited for long: its time begins now
         if self._group.batch is None:
             await self._handle(lane, route, claims[0])
         else:
