@@ -1,69 +1,93 @@
-"""Journals: what each process of a fault test did, in a file of its own, outside of the system under test.
+"""What happened, written by the processes themselves, never through what is tested.
 
-One `write` per line to a file opened with O_APPEND: a line is there whole or not at all, and a SIGKILL after it loses
-nothing. A line: nanoseconds on the machine's clock, process, verb, words.
+Each process appends to a file of its own, one short line per `write`: the kernel keeps what was written by a process that
+is killed in the next instruction. A line is `time word id attempt pid`, the time by the machine's monotonic clock.
 
-    try id          a publisher is about to publish       ok id             it was confirmed
-    run id attempt  a handler begins                      fin id attempt    it has ended well
-    yes id attempt  the broker accepted its outcome       no id attempt     the broker refused it
-    told name n     telemetry                             died place        a process kills itself, here
+    try, ok          a publisher is about to publish an event; it is confirmed
+    again            it may be stored or not, and is published again
+    up               a worker is a member of its group
+    got              the broker gave it an event
+    run, fin, cut    a handler began; it came to its end; it was cancelled
+    set, put         an outcome was accepted: the event is over; it is to come again
+    ref, lost        an outcome was refused; the broker said that somebody else has the event
+    kill, stop, cont what was done to a process
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 
 class Line(NamedTuple):
-    ns: int
+    """One thing that happened."""
+
+    time_ns: int
+    word: str
+    id: str
+    attempt: int
     pid: int
-    verb: str
-    words: tuple[str, ...]
-
-    @property
-    def id(self) -> str:
-        return self.words[0]
-
-    @property
-    def attempt(self) -> int:
-        return int(self.words[1])
-
-    def __str__(self) -> str:
-        return f"{self.ns / 1e9:.3f} s  process {self.pid}  {self.verb} {' '.join(self.words)}"
 
 
-class Journal:
-    """This process's own."""
+class Pen:
+    """Writes the journal of this process."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path | str) -> None:
         self._pid = os.getpid()
-        flags = os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_CLOEXEC
-        self._file = os.open(directory / f"{self._pid}.journal", flags)
+        path = Path(directory) / f"{self._pid}-{time.monotonic_ns()}.journal"
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
-    def say(self, verb: str, *words: object) -> None:
-        line = " ".join(map(str, (time.monotonic_ns(), self._pid, verb, *words))) + "\n"
-        assert len(line) < 4_096, "longer writes may be torn"
+    def write(self, word: str, id: str = "-", attempt: int = 0, pid: int = 0) -> None:
+        line = f"{time.monotonic_ns()} {word} {id} {attempt} {pid or self._pid}\n"
         os.write(self._file, line.encode())
 
 
-class Reader:
-    """Reads the journals of all processes; each call goes on where the last one ended."""
+class Journal:
+    """Reads the journals of all processes, each line once."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._read: dict[Path, int] = {}
+        self._lines: list[Line] = []
+        self.by_word: dict[str, list[Line]] = defaultdict(list)
 
-    def new(self) -> Iterator[Line]:
-        for path in sorted(self._directory.glob("*.journal")):
+    def lines(self, *words: str) -> list[Line]:
+        """All lines so far with one of these words, each file's in their order; without words, all by time."""
+        self._catch_up()
+        if not words:
+            return sorted(self._lines)
+        return [line for word in words for line in self.by_word[word]]
+
+    def ids(self, *words: str) -> set[str]:
+        """The events of these lines."""
+        return {line.id for line in self.lines(*words)}
+
+    def history(self, ids: Iterable[str]) -> str:
+        """All lines of these events, for people."""
+        wanted = set(ids)
+        found = [line for line in self.lines() if line.id in wanted or line.word in ("kill", "stop", "cont")]
+        start_ns = self.lines()[0].time_ns if found else 0
+        return "\n".join(
+            f"{(line.time_ns - start_ns) / 1e9:9.4f} {line.word:5} {line.id} attempt {line.attempt} process {line.pid}"
+            for line in found
+        )
+
+    def _catch_up(self) -> None:
+        for path in self._directory.glob("*.journal"):
+            start = self._read.get(path, 0)
+            if path.stat().st_size == start:
+                continue
             with path.open("rb") as file:
-                file.seek(self._read.get(path, 0))
+                file.seek(start)
                 text = file.read()
             whole = text[: text.rfind(b"\n") + 1]
-            self._read[path] = self._read.get(path, 0) + len(whole)
-            for line in whole.decode().splitlines():
-                ns, pid, verb, *words = line.split(" ")
-                yield Line(int(ns), int(pid), verb, tuple(words))
+            self._read[path] = start + len(whole)
+            for row in whole.decode().splitlines():
+                time_ns, word, id_, attempt, pid = row.split()
+                line = Line(int(time_ns), word, id_, int(attempt), int(pid))
+                self._lines.append(line)
+                self.by_word[word].append(line)

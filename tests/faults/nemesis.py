@@ -1,67 +1,195 @@
-"""The nemesis: kills workers at moments out of a seed, and starts new ones, until it has killed often enough.
-
-Half of the deaths come from outside, at any moment; half are armed: a process kills itself at a chosen place, the
-so-manieth time that it comes there, so that every gap between two steps is hit.
-"""
+"""The processes of one test, and what is done to them: killed, stopped, and started again, by a plan that a seed repeats."""
 
 from __future__ import annotations
 
+import os
+import random
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Self
 
-from tests.faults.processes import POLL_S, Child, Trial
+from tests.faults.journal import Journal, Pen
+from tests.faults.shop import POINTS
+from tests.servers import wait_until
 
-PLACES = ("fetched", "before", "inside", "after", "settling", "settled")
+ROOT = Path(__file__).parents[2]
+WORKERS = 2
+PATIENCE_S = 30.0  # a machine with two busy cores
+
+QUICK = {"MILLSTREAM_LEASE": "1s", "MILLSTREAM_GRACE": "3s", "MILLSTREAM_CONCURRENCY": "16"}
+
+
+class Child:
+    """One process of ours."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self._process = process
+        self._log = log
+        self.pid = process.pid
+
+    @property
+    def code(self) -> int | None:
+        """How it ended; None while it runs."""
+        return self._process.poll()
+
+    @property
+    def log(self) -> str:
+        """All that it said."""
+        return self._log.read_text(errors="replace")
+
+    def send(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def wait(self, within_s: float = PATIENCE_S) -> int:
+        """Its exit code. Raises `TimeoutExpired`."""
+        return self._process.wait(within_s)
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+class Crew:
+    """All processes of one test; none is left at the end of the block, children of supervisors included."""
+
+    def __init__(self, url: str, directory: Path, **environment: str) -> None:
+        self.url = url
+        self.directory = directory
+        self.journal = Journal(directory)
+        self.pen = Pen(directory)
+        self._environment = QUICK | environment
+        self._children: list[Child] = []
+
+    def start(self, *words: object, **environment: str) -> Child:
+        """A process of the shop: a verb, its words, and what its environment has besides."""
+        return self.run("-m", "tests.faults.shop", *words, **environment)
+
+    def run(self, *words: object, **environment: str) -> Child:
+        """A Python of ours."""
+        log = self.directory / f"{len(self._children)}.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, *map(str, words)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd=ROOT,
+                start_new_session=True,
+                env=os.environ
+                | {
+                    "PYTHONPATH": str(ROOT / "src"),
+                    "MILLSTREAM_BROKER": self.url,
+                    "FAULTS_JOURNAL": str(self.directory),
+                }
+                | self._environment
+                | environment,
+            )
+        child = Child(process, log)
+        self._children.append(child)
+        return child
+
+    def worker(self, **environment: str) -> Child:
+        """A worker that is a member of its group."""
+        child = self.start("work", **environment)
+        self.until(lambda: child.pid in self.up(), f"process {child.pid} does not join: {child.log}")
+        return child
+
+    def up(self) -> list[int]:
+        """The processes that ever joined, in this order."""
+        return [line.pid for line in sorted(self.journal.lines("up"))]
+
+    def kill(self, child: Child) -> None:
+        """Kill it with SIGKILL."""
+        self.pen.write("kill", pid=child.pid)
+        child.end()
+
+    def stop(self, child: Child) -> None:
+        """Stop it with SIGSTOP; it stands still when this returns."""
+        child.send(signal.SIGSTOP)
+        wait_until(lambda: state(child.pid) == "T", PATIENCE_S, "it goes on")
+        self.pen.write("stop", pid=child.pid)
+
+    def resume(self, child: Child) -> None:
+        """Let it go on."""
+        self.pen.write("cont", pid=child.pid)
+        child.send(signal.SIGCONT)
+
+    def until(self, met: Callable[[], object], complaint: str, within_s: float = PATIENCE_S) -> None:
+        """Return as soon as the condition is met."""
+        wait_until(lambda: bool(met()), within_s, complaint)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for child in self._children:
+            child.end()
+        for pid in set(self.up()):
+            if is_ours(pid, self.directory):
+                os.kill(pid, signal.SIGKILL)
 
 
 class Nemesis:
-    """Kills the workers of a trial."""
+    """Kills the workers of a crew, and starts new ones in their place."""
 
-    def __init__(self, trial: Trial, workers: int, **environment: str) -> None:
-        self._trial = trial
-        self._environment = environment
-        self._random = trial.random
+    def __init__(self, crew: Crew, seed: int, **environment: str) -> None:
         self.kills = 0
-        self.armed = 0
-        """Of the kills: how many came from inside, at a chosen place."""
-        self._workers = [self._start() for _ in range(workers)]
+        self._crew = crew
+        self._chance = random.Random(seed)
+        self._environment = environment
+        self._workers = [self._new() for _ in range(WORKERS)]
 
-    def strike(self, kills: int, within_s: float) -> list[Child]:
-        """Kill so often, then leave the workers that live."""
-        until_s = time.monotonic() + within_s
+    def rampage(self, kills: int) -> None:
+        """Kill until there were so many. Half of the workers carry the moment of their death within them."""
         while self.kills < kills:
-            assert time.monotonic() < until_s, f"only {self.kills} of {kills} kills in {within_s:g} s"
-            for index, (worker, die_s, _) in enumerate(self._workers):
-                if worker.code is None and time.monotonic() >= die_s:
-                    worker.signal(signal.SIGKILL)
-                    worker.ended(10)
-                if worker.code is not None:
-                    self._count(worker)
-                    self._workers[index] = self._start(last=self.kills >= kills)
-            time.sleep(POLL_S)
-        return self._disarmed()
+            time.sleep(self._chance.uniform(0.0, 0.8))  # not to wait for anything: the moment of a kill is to be any
+            if all(child.code is None for child in self._workers):
+                self._chance.choice(self._workers).send(signal.SIGKILL)
+            self._replace()
 
-    def _start(self, last: bool = False) -> tuple[Child, float, bool]:
-        """A worker, when it is to die at the latest, and whether it is armed."""
-        armed = not last and self._random.random() < 0.5
-        environment = dict(self._environment)
-        if armed:
-            environment["die"] = f"{self._random.choice(PLACES)}:{self._random.randint(1, 200)}"
-        life_s = self._random.uniform(2.5, 3.5) if armed else self._random.uniform(0.3, 1.5)
-        return self._trial.child("work", **environment), time.monotonic() + life_s, armed
+    def peace(self) -> list[Child]:
+        """Workers that nobody kills any more, in place of the others."""
+        for child in self._workers:
+            self._crew.kill(child)
+        self.kills += len(self._workers)
+        return [self._crew.worker(**self._environment) for _ in self._workers]
 
-    def _count(self, worker: Child) -> None:
-        assert worker.code == -signal.SIGKILL, f"it ended by itself: {worker.said()}"
-        self.kills += 1
-        self._trial.note(f"process {worker.pid} was killed ({self.kills})")
+    def _replace(self) -> None:
+        for index, child in enumerate(self._workers):
+            if child.code is None:
+                continue
+            assert child.code == -signal.SIGKILL, f"process {child.pid} ended with {child.code}: {child.log[-2_000:]}"
+            self.kills += 1
+            self._crew.pen.write("kill", pid=child.pid)
+            self._workers[index] = self._new()
 
-    def _disarmed(self) -> list[Child]:
-        """Replace those that would still kill themselves."""
-        for index, (worker, _, armed) in enumerate(self._workers):
-            if armed or worker.code is not None:
-                worker.signal(signal.SIGKILL)
-                worker.ended(10)
-                self._count(worker)
-                self._workers[index] = self._start(last=True)
-        self.armed = sum(line.verb == "died" for line in self._trial.history.told)
-        return [worker for worker, _, _ in self._workers]
+    def _new(self) -> Child:
+        if self._chance.random() < 0.5:
+            return self._crew.start("work", **self._environment)
+        point, count = self._chance.choice(POINTS), self._chance.randint(1, 500)
+        return self._crew.start("work", FAULTS_DIE=f"{point}:{count}", **self._environment)
+
+
+def state(pid: int) -> str:
+    """The kernel's letter for what a process does; empty when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
+def ended(pids: Iterable[int]) -> bool:
+    """True when all these processes have ended. One that nobody has waited for yet counts as ended."""
+    return all(state(pid) in ("", "Z", "X") for pid in pids)
+
+
+def is_ours(pid: int, directory: Path) -> bool:
+    """True while this process writes its journal there: its number may be another one's by now."""
+    try:
+        return str(directory).encode() in Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return False

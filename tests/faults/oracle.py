@@ -1,128 +1,198 @@
-"""The oracle: what must hold after a fault test, whatever happened in it.
+"""The judge: what the journals tell, compared with what the broker says to a second reader.
 
-    lost      confirmed to its publisher, and neither finished by a handler nor a dead letter
-    phantom   finished, and never sent
-    stale     an outcome was accepted from a process after another one had been given the event
-    repeats   handlers begun beyond the first of each event
-
-The end state is read by a second reader, from the broker's `Admin`. `try` without `ok` is unknown: it may appear or not.
+lost        confirmed, and neither finished nor a dead letter
+phantom     finished, and never published
+stale       an outcome that was accepted although somebody else had the event by then, or it was over
+repeats     an event that began once more: each crash may repeat what its process had in hand, no more
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter, defaultdict
-from collections.abc import Collection
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
+from millstream import App, Envelope
 from millstream.brokers.base import Broker, DeadLetter, GroupInfo
-from millstream.brokers.urls import broker_for
-from millstream.clock import Clock
-from millstream.settings import Settings
-from millstream.telemetry import Telemetry
-from tests.faults.journal import Line, Reader
+from tests.faults.journal import Journal, Pen
+from tests.faults.nemesis import PATIENCE_S, Crew
+from tests.faults.shop import GROUP, Block, Task, tasks
+from tests.servers import wait_until
+
+T = TypeVar("T")
+
+MAX_SHOWN = 20
 
 
-@dataclass
-class History:
-    """All journals so far."""
+@dataclass(frozen=True)
+class Verdict:
+    """What came out."""
 
-    reader: Reader
-    lines: dict[str, list[Line]] = field(default_factory=lambda: defaultdict(list))
-    """Of each event."""
-    told: list[Line] = field(default_factory=list)
-    tried: set[str] = field(default_factory=set)
-    confirmed: set[str] = field(default_factory=set)
-    finished: set[str] = field(default_factory=set)
-    runs: Counter[str] = field(default_factory=Counter)
-    settled: Counter[str] = field(default_factory=Counter)
+    events: int
+    lost: set[str]
+    phantom: set[str]
+    stale: set[str]
+    repeats: int
+    duplicates: int
+    taken: int
+    """Events that a living but slow process lost to another one: it may repeat them like a crash does."""
+    in_hand: int
+    """The most events that one process held at once."""
+    dead: list[DeadLetter]
+    group: GroupInfo
+    history: str
 
-    def look(self) -> History:
-        """Read on."""
-        for line in self.reader.new():
-            if line.verb in ("told", "died"):
-                self.told.append(line)
-                continue
-            self.lines[line.id].append(line)
-            match line.verb:
-                case "try":
-                    self.tried.add(line.id)
-                case "ok":
-                    self.confirmed.add(line.id)
-                case "fin":
-                    self.finished.add(line.id)
-                case "run":
-                    self.runs[line.id] += 1
-                case "yes":
-                    self.settled[line.id] += 1
-        return self
+    def figures(self) -> dict[str, int]:
+        """For people."""
+        return {
+            "events": self.events,
+            "lost": len(self.lost),
+            "phantom": len(self.phantom),
+            "stale settles": len(self.stale),
+            "begun again": self.repeats,
+            "duplicates": self.duplicates,
+            "taken from the slow": self.taken,
+            "most in hand": self.in_hand,
+            "dead": len(self.dead),
+            "pending": self.group.pending,
+            "lag": -1 if self.group.lag is None else self.group.lag,
+        }
 
-    def lost(self, dead: Collection[str] = ()) -> set[str]:
-        return self.confirmed - self.finished - set(dead)
-
-    def phantom(self) -> set[str]:
-        return self.finished - self.tried
-
-    def repeats(self) -> int:
-        return sum(self.runs.values()) - len(self.runs)
-
-    def stale(self) -> set[str]:
-        """Events with an accepted outcome of an attempt though a later attempt was begun."""
-        found: set[str] = set()
-        for id_, lines in self.lines.items():
-            last = max((line.attempt for line in lines if line.verb == "run"), default=0)
-            accepted = [line.attempt for line in lines if line.verb == "yes"]
-            if len(accepted) > 1 or any(attempt < last for attempt in accepted):
-                found.add(id_)
-        return found
-
-    def tell(self, ids: Collection[str]) -> str:
-        """The whole history of the first few of these events."""
-        return "\n".join(
-            f"{id_}:\n" + "\n".join(f"    {line}" for line in sorted(self.lines[id_])) for id_ in sorted(ids)[:5]
-        )
+    def check(self) -> None:
+        """Nothing lost, nothing invented, nothing settled by the wrong one, nothing left. Raises with the history."""
+        bad = self.lost or self.phantom or self.stale
+        assert not bad, f"{self.figures()}\n{self.history}"
+        assert (self.group.lag, self.group.pending) == (0, 0), self.figures()
 
 
-class SecondReader:
-    """Looks at a broker as a stranger would: it takes no part in what is tested."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-
-    async def group(self, stream: str = "orders", group: str = "billing") -> GroupInfo | None:
-        broker = self._broker()
-        await broker.open()
-        try:
-            return next((info for info in await broker.admin.groups(stream) if info.group == group), None)
-        finally:
-            await broker.close()
-
-    async def dead(self, stream: str = "orders", group: str = "billing") -> list[DeadLetter]:
-        broker = self._broker()
-        await broker.open()
-        try:
-            return await broker.admin.dead(stream, group, limit=1_000)
-        finally:
-            await broker.close()
-
-    async def stored(self, stream: str = "orders", partitions: int = 2) -> set[str]:
-        """The ids of all events that lie in the stream now."""
-        broker = self._broker()
-        await broker.open()
-        try:
-            found: set[str] = set()
-            for partition in range(partitions):
-                after = None
-                while page := await broker.read(stream, partition, after, 1_000):
-                    found |= {stored.record.id for stored in page}
-                    after = page[-1].position
-            return found
-        finally:
-            await broker.close()
-
-    def _broker(self) -> Broker:
-        return broker_for(self._url, Settings(), Clock(), Telemetry())
+def judge(crew: Crew, since_ns: int = 0) -> Verdict:
+    """The verdict on all that has happened so far; what was published before a time may be lost."""
+    journal = crew.journal
+    group, letters = group_of(crew.url), dead_of(crew.url)
+    confirmed, tried, finished = journal.ids("ok"), journal.ids("try"), journal.ids("fin")
+    confirmed -= {line.id for line in journal.lines("try") if line.time_ns < since_ns}
+    over = finished | {letter.stored.record.id for letter in letters}
+    lost, phantom, stale = confirmed - over, over - tried, stale_settles(journal)
+    runs = Counter(line.id for line in journal.lines("run"))
+    fins = Counter(line.id for line in journal.lines("fin"))
+    return Verdict(
+        events=len(confirmed),
+        lost=lost,
+        phantom=phantom,
+        stale=stale,
+        repeats=runs.total() - len(runs),
+        duplicates=fins.total() - len(fins),
+        taken=len(journal.lines("lost")),
+        in_hand=most_in_hand(journal),
+        dead=letters,
+        group=group,
+        history=journal.history(sorted(lost | phantom | stale)[:MAX_SHOWN]),
+    )
 
 
-def history(directory: Path) -> History:
-    return History(Reader(directory))
+def stale_settles(journal: Journal) -> set[str]:
+    """Events that were settled twice, or at an attempt after which somebody was given another one."""
+    newest: dict[str, int] = defaultdict(int)
+    for line in journal.lines("got"):
+        newest[line.id] = max(newest[line.id], line.attempt)
+    settled = Counter(line.id for line in journal.lines("set"))
+    twice = {id_ for id_, times in settled.items() if times > 1}
+    return twice | {line.id for line in journal.lines("set") if line.attempt < newest[line.id]}
+
+
+def late_starts(journal: Journal) -> int:
+    """How often a handler began after somebody else had been given its event."""
+    given: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for line in journal.lines("got"):
+        given[line.id].append((line.attempt, line.time_ns))
+    return sum(
+        any(attempt > line.attempt and time_ns < line.time_ns for attempt, time_ns in given[line.id])
+        for line in journal.lines("run")
+    )
+
+
+def in_hand(journal: Journal, pid: int) -> set[str]:
+    """What a process was given, and has not been answered for."""
+    held: set[str] = set()
+    for line in sorted(line for line in journal.lines("got", "set", "put", "ref", "lost") if line.pid == pid):
+        if line.word == "got":
+            held.add(line.id)
+        else:
+            held.discard(line.id)
+    return held
+
+
+def most_in_hand(journal: Journal) -> int:
+    """The most events that one process held at once."""
+    held: dict[int, set[str]] = defaultdict(set)
+    most = 0
+    for line in sorted(journal.lines("got", "set", "put", "ref", "lost")):
+        if line.word == "got":
+            held[line.pid].add(line.id)
+            most = max(most, len(held[line.pid]))
+        else:
+            held[line.pid].discard(line.id)
+    return most
+
+
+def until_settled(crew: Crew, within_s: float = PATIENCE_S) -> None:
+    """Return when the group has nothing undelivered and nothing pending."""
+    seen: list[GroupInfo] = []
+
+    def settled() -> bool:
+        seen[:] = [group_of(crew.url)]
+        return (seen[0].lag, seen[0].pending) == (0, 0)
+
+    try:
+        wait_until(settled, within_s, "not settled")
+    except RuntimeError as late:
+        raise AssertionError(f"{late}: {seen}\n{left(crew)}") from None
+
+
+def left(crew: Crew) -> str:
+    """The history of what is still in somebody's hands, for people."""
+    journal = crew.journal
+    open_ = journal.ids("ok", "got") - journal.ids("set")
+    return journal.history(sorted(open_)[:MAX_SHOWN])
+
+
+def group_of(url: str) -> GroupInfo:
+    """The group, as a second reader sees it."""
+
+    async def look(broker: Broker) -> GroupInfo:
+        (info,) = (info for info in await broker.admin.groups(tasks.name) if info.group == GROUP)
+        return info
+
+    return asked(url, look)
+
+
+def dead_of(url: str) -> list[DeadLetter]:
+    """The group's dead letters, as a second reader sees them."""
+    return asked(url, lambda broker: broker.admin.dead(tasks.name, GROUP, limit=10_000))
+
+
+def publish(crew: Crew, events: Sequence[tuple[str, Task | Block]]) -> None:
+    """Publish events with these ids, from this process."""
+    pen = Pen(crew.directory)
+
+    async def send() -> None:
+        async with App("shop", broker=crew.url, streams=[tasks]) as client:
+            for id_, _ in events:
+                pen.write("try", id_)
+            await client.publish_many([Envelope(event, id=id_) for id_, event in events], to=tasks)
+            for id_, _ in events:
+                pen.write("ok", id_)
+
+    asyncio.run(send())
+
+
+def asked(url: str, question: Callable[[Broker], Awaitable[T]]) -> T:
+    """The answer of a broker that is opened for one question."""
+
+    async def ask() -> T:
+        async with App("reader", broker=url) as reader:
+            return await question(reader.broker)
+
+    return asyncio.run(ask())

@@ -1,224 +1,246 @@
-"""The app under test, as real processes: `python -m tests.faults.shop publish COUNT RATE | work | supervise WORKERS`.
+"""The app under test, as real processes: `python -m tests.faults.shop work [PROCESSES]`, or `publish FIRST COUNT RATE`.
 
-What a process is to do is in its environment:
+Where it lives, what it writes and how it is to die comes from the environment:
 
-    MILLSTREAM_…   as for any app        SHOP_JOURNAL   the directory of the journals
-    SHOP_HANDLER   what the handler does: quick, slow:SECONDS, between:SHORTEST:LONGEST, hang, hang-sync, poison
-    SHOP_DIE       PLACE:COUNT, kill yourself at the so-manieth time that you come there. The places: fetched, before,
-                   inside, after (the handler), settling (its outcome is about to be sent), settled
-    SHOP_MUTANT    a mistake to be found: ack-first, no-fence
+    MILLSTREAM_BROKER and the other settings
+    FAULTS_JOURNAL   the directory of journals; its file `enough` ends a publisher that has published its count
+    FAULTS_DIE       POINT:N, to be killed by itself when it comes to that point for the N-th time
+    FAULTS_ATTEMPTS  after so many an event is a dead letter
+    FAULTS_SLOW      how many seconds a `slow` event takes here
+    FAULTS_MUTANT    the mistake that this process makes on purpose: `ack_first`, `no_fence`, `no_hand_back`, `deaf`
 """
 
 from __future__ import annotations
 
 import asyncio
 import ctypes
+import logging
 import os
-import random
 import signal
-import sqlite3
 import sys
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import millstream.app
 from millstream import App, Delivery, Envelope, Event, Retry, Stream
-from millstream.brokers.base import Broker, Claim, Consumer, Done, Kept, Position, Settlement, Subscription
+from millstream.brokers.base import Broker, Claim, Consumer, Done, Kept, Later, Position, Settlement, Subscription
 from millstream.brokers.urls import broker_for
-from millstream.clock import Clock
 from millstream.errors import BrokerError, Unconfirmed
-from millstream.settings import Settings
-from millstream.telemetry import BROKER_ERROR, LOST, STALE, Telemetry
 from millstream.worker.supervisor import is_child
-from tests.faults.journal import Journal
+from tests.faults.journal import Pen
 
-LANES = 64  # publishes that wait for their confirmation at the same time
+GROUP = "work"
+ATTEMPTS = int(os.environ.get("FAULTS_ATTEMPTS", "10"))
+LANES = 16  # publications under way at once
+
+POINTS = ("before", "inside", "after", "unsettled", "settled")
 
 
-class Placed(Event, type="order.placed"):
-    kind: str = ""
+class Task(Event, type="task"):
+    seconds: float = 0.0
+    fault: str = ""
 
 
-orders = Stream("orders", Placed, partitions=2)
+class Block(Event, type="block"):
+    """For a handler in a thread."""
+
+    seconds: float = 0.0
+
+
+tasks = Stream("tasks", Task | Block, partitions=4)
+shop = App("shop", streams=[tasks])
+
+
+@shop.subscriber(tasks, GROUP, retry=Retry(ATTEMPTS, first="50ms"))
+async def work(event: Task, delivery: Delivery[Task]) -> None:
+    die("before")
+    write("run", delivery.id, delivery.attempt)
+    die("inside")
+    if event.fault == "exit":
+        os._exit(7)
+    if event.fault == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    seconds = float(os.environ.get("FAULTS_SLOW", "0")) if event.fault == "slow" else event.seconds
+    try:
+        await asyncio.sleep(seconds)
+    except asyncio.CancelledError:
+        write("cut", delivery.id, delivery.attempt)
+        raise
+    write("fin", delivery.id, delivery.attempt)
+    die("after")
+
+
+@shop.subscriber(tasks, GROUP)
+def block(event: Block, delivery: Delivery[Block]) -> None:
+    write("run", delivery.id, delivery.attempt)
+    time.sleep(event.seconds)
+    write("fin", delivery.id, delivery.attempt)
 
 
 class Watched:
-    """A broker whose consumers write down what became of each outcome, and may kill their process."""
+    """A consumer whose every answer is written down, and around whose calls the process may die."""
 
-    def __init__(self, broker: Broker, shop: Shop) -> None:
-        self._broker = broker
-        self._shop = shop
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._broker, name)
-
-    async def subscribe(self, subscription: Subscription) -> WatchedConsumer:
-        return WatchedConsumer(await self._broker.subscribe(subscription), self._shop)
-
-
-class WatchedConsumer:
-    """One consumer."""
-
-    def __init__(self, consumer: Consumer, shop: Shop) -> None:
+    def __init__(self, consumer: Consumer) -> None:
         self._consumer = consumer
-        self._shop = shop
-        self._claims: dict[Position, tuple[str, int]] = {}
+        self._claims: dict[Position, Claim] = {}
+        self._up = False
+
+    async def fetch(self, limit: int, wait_s: float) -> list[Claim]:
+        if not self._up:
+            self._up = True
+            write("up")
+        claims = await self._consumer.fetch(limit, wait_s)
+        for claim in claims:
+            self._claims[claim.stored.position] = claim
+            self._tell("got", claim.stored.position)
+        return claims
+
+    async def settle(self, settlements: Sequence[Settlement]) -> list[bool]:
+        die("unsettled")
+        answers = await self._consumer.settle(settlements)
+        die("settled")
+        for settlement, accepted in zip(settlements, answers, strict=True):
+            word = "put" if isinstance(settlement.outcome, Later) else "set"
+            self._tell(word if accepted else "ref", settlement.position)
+        return answers
+
+    async def keep(self) -> Kept:
+        kept = await self._consumer.keep()
+        for position in kept.lost & self._claims.keys():  # others were on their way to us
+            self._tell("lost", position)
+        return kept
+
+    def _tell(self, word: str, position: Position) -> None:
+        claim = self._claims[position]
+        write(word, claim.stored.record.id, claim.attempt)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._consumer, name)
 
+
+class AckFirst(Watched):
+    """A mistake: events are over as soon as they come."""
+
     async def fetch(self, limit: int, wait_s: float) -> list[Claim]:
-        claims = await self._consumer.fetch(limit, wait_s)
-        for claim in claims:
-            self._claims[claim.stored.position] = (claim.stored.record.id, claim.attempt)
-        if claims:
-            self._shop.pass_by("fetched")
-        if self._shop.mutant == "ack-first" and claims:
-            await self._consumer.settle([Settlement(claim.stored.position, Done()) for claim in claims])
+        claims = await super().fetch(limit, wait_s)
+        await self._consumer.settle([Settlement(claim.stored.position, Done()) for claim in claims])
         return claims
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[bool]:
-        self._shop.pass_by("settling")
-        answers = await self._consumer.settle(settlements)
-        if self._shop.mutant == "no-fence":
-            answers = [answer or self._force(s.position) for s, answer in zip(settlements, answers, strict=True)]
-        self._shop.pass_by("settled")
-        for settlement, accepted in zip(settlements, answers, strict=True):
-            if isinstance(settlement.outcome, Done):
-                self._shop.journal.say("yes" if accepted else "no", *self._claims[settlement.position])
-        return answers
-
-    async def keep(self) -> Kept:
-        return await self._consumer.keep()
-
-    def _force(self, position: Position) -> bool:
-        """What a settle that asks nobody would do."""
-        path = os.environ["MILLSTREAM_BROKER"].removeprefix("sqlite:///")
-        statement = "DELETE FROM pending WHERE row IN (SELECT row FROM event WHERE id = ?)"
-        with sqlite3.connect(path, timeout=5) as db:
-            return db.execute(statement, [self._claims[position][0]]).rowcount > 0
+        return [True] * len(settlements)
 
 
-class Shop:
-    """This process."""
+class Deaf(Watched):
+    """A mistake: it never ends."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        self.journal = Journal(Path(environment["SHOP_JOURNAL"]))
-        self.mutant = environment.get("SHOP_MUTANT", "")
-        self._handler = environment.get("SHOP_HANDLER", "quick").split(":")
-        self._place, _, count = environment.get("SHOP_DIE", ":0").partition(":")
-        self._lives = int(count)
-        self._random = random.Random(os.getpid())
-        self.app = App(
-            "shop", streams=[orders], retry=Retry(int(environment.get("SHOP_ATTEMPTS", "10")), first="100ms")
-        )
-        self.app.subscriber(orders, "billing", timeout="never")(
-            self.handle_sync if self._handler[0] == "hang-sync" else self.handle
-        )
-        self.app.telemetry.listen(self._heard)
-
-    async def handle(self, delivery: Delivery[Placed]) -> None:
-        self.pass_by("before")
-        self.journal.say("run", delivery.id, delivery.attempt)
-        self._poison(delivery.event.kind)
-        match self._handler:
-            case ["quick"]:
-                await asyncio.sleep(self._random.random() * 0.002)
-            case ["slow", seconds]:
-                await asyncio.sleep(float(seconds))
-            case ["between", shortest, longest]:
-                await asyncio.sleep(self._random.uniform(float(shortest), float(longest)))
-            case ["hang"]:
-                await asyncio.Event().wait()
-        self.pass_by("inside")
-        self.journal.say("fin", delivery.id, delivery.attempt)
-        self.pass_by("after")
-
-    def handle_sync(self, delivery: Delivery[Placed]) -> None:
-        self.journal.say("run", delivery.id, delivery.attempt)
+    async def close(self) -> None:
         time.sleep(600)
 
-    def pass_by(self, place: str) -> None:
-        """Die here, when it is time to."""
-        if place == self._place:
-            self._lives -= 1
-            if self._lives == 0:
-                self.journal.say("died", place)
-                os.kill(os.getpid(), signal.SIGKILL)
 
-    async def publish(self, count: int, rate: float) -> None:
-        """Publish events with ids 0 … count − 1, at most so many a second, each until it is confirmed."""
-        prefix = os.environ.get("SHOP_PREFIX", "")
-        kinds = dict(word.split("=") for word in os.environ.get("SHOP_KINDS", "").split() if word)
-        ids = iter([f"{prefix}{n}" for n in range(count)])
-        began_s, sent = time.monotonic(), Counter[str]()
+class NoHandBack(Watched):
+    """A mistake: a process that ends keeps what it holds."""
 
-        async def lane() -> None:
-            for id_ in ids:
-                sent["all"] += 1
-                await asyncio.sleep(max(0, began_s + sent["all"] / rate - time.monotonic()))
-                self.journal.say("try", id_)
-                await self._publish(Envelope(Placed(kind=kinds.get(id_, "")), id=id_))
-                self.journal.say("ok", id_)
+    async def close(self) -> None:
+        pass
 
-        async with self.app, asyncio.TaskGroup() as lanes:
-            for _ in range(min(LANES, count)):
-                lanes.create_task(lane())
 
-    async def _publish(self, envelope: Envelope[Placed]) -> None:
-        while True:
-            try:
-                await self.app.publish(envelope, to=orders)
-                return
-            except (BrokerError, Unconfirmed) as error:
-                if not error.retryable:
-                    raise
-                self.journal.say("told", type(error).__name__, 1)
-                await asyncio.sleep(0.02 + self._random.random() * 0.05)
+def no_fence() -> None:
+    """A mistake: whoever comes with an outcome is believed."""
+    from millstream.brokers.sqlite import group
 
-    def _poison(self, kind: str) -> None:
-        match kind:
-            case "exit":
-                os._exit(7)
-            case "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
+    fenced, present = group.settle, group._present
+    group._FINISH = "DELETE FROM pending WHERE grp = ? AND ? > 0 AND row = ? AND ? > 0"
 
-    def _heard(self, name: str, measurements: Mapping[str, Any]) -> None:
-        if name in (LOST, STALE):
-            self.journal.say("told", name, len(measurements["positions"]))
-        elif name == BROKER_ERROR:
-            self.journal.say("told", name, 1)
+    def believing(*given: Any) -> list[bool] | None:
+        group._present = lambda db, me: True
+        try:
+            return fenced(*given)
+        finally:
+            group._present = present
+
+    group.settle = believing  # type: ignore[assignment]
+
+
+def watched(*given: Any) -> Broker:
+    broker = broker_for(*given)
+    subscribe = broker.subscribe
+    mutant = os.environ.get("FAULTS_MUTANT", "")
+    kind = {"ack_first": AckFirst, "no_hand_back": NoHandBack, "deaf": Deaf}.get(mutant, Watched)
+    if mutant == "no_fence":
+        no_fence()
+
+    async def subscribed(subscription: Subscription) -> Any:
+        return kind(await subscribe(subscription))
+
+    broker.subscribe = subscribed  # type: ignore[method-assign]
+    return broker
+
+
+async def publish(first: int, count: int, rate: float) -> None:
+    """Publish `count` events, or more until there are `enough`, at most `rate` a second; each until it is confirmed."""
+    enough = Path(os.environ["FAULTS_JOURNAL"], "enough")
+    began_s, number = time.monotonic(), first
+
+    async def lane() -> None:
+        nonlocal number
+        while number < first + count or not enough.exists():
+            mine, number = number, number + 1
+            await asyncio.sleep(began_s + (mine - first) / rate - time.monotonic())
+            await until_confirmed(f"e-{mine}", Task(seconds=mine % 21 / 1_000))
+
+    async with shop, asyncio.TaskGroup() as lanes:
+        for _ in range(LANES):
+            lanes.create_task(lane())
+
+
+async def until_confirmed(name: str, event: Task) -> None:
+    write("try", name)
+    while True:
+        try:
+            await shop.publish(Envelope(event, id=name), to=tasks)
+        except (BrokerError, Unconfirmed):
+            write("again", name)
+            await asyncio.sleep(0.02)
+        else:
+            write("ok", name)
+            return
 
 
 def die_with_parent() -> None:
-    """Nothing survives a test that was killed (Linux: PR_SET_PDEATHSIG)."""
-    if sys.platform == "linux":
+    """Ask Linux to kill us when our parent ends. Children of a supervisor end by their pipe, which is tested."""
+    if sys.platform == "linux" and not is_child():
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def main(verb: str, *words: str) -> int:
-    if not is_child():  # a supervisor's children end by its pipe, which is part of what is tested
-        die_with_parent()
-    shop = Shop(os.environ)
+    die_with_parent()
+    logging.basicConfig(level="INFO", format="%(created).3f %(levelname)s %(message)s")
+    if verb == "publish":
+        asyncio.run(publish(int(words[0]), int(words[1]), float(words[2])))
+        return 0
+    millstream.app.broker_for = watched  # type: ignore[attr-defined, assignment]
+    return 0 if shop.run(workers=int(words[0]) if words else 1) else 1
 
-    def watched(url: str, settings: Settings, clock: Clock, telemetry: Telemetry) -> Any:
-        return Watched(broker_for(url, settings, clock, telemetry), shop)
 
-    millstream.app.broker_for = watched
-    match verb:
-        case "publish":
-            count, rate = words
-            asyncio.run(shop.publish(int(count), float(rate)))
-            return 0
-        case "work":
-            return 0 if shop.app.run() else 1
-        case "supervise":
-            return 0 if shop.app.run(workers=int(words[0])) else 1
-    raise SystemExit(f"unknown verb {verb!r}")
+def deaths() -> Callable[[str], None]:
+    point, _, count = os.environ.get("FAULTS_DIE", "").partition(":")
+    left = int(count or 0)
 
+    def die(here: str) -> None:
+        nonlocal left
+        if here == point:
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return die
+
+
+die = deaths()
+if "FAULTS_JOURNAL" in os.environ:
+    write = Pen(os.environ["FAULTS_JOURNAL"]).write
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    raise SystemExit(main(*sys.argv[1:]))

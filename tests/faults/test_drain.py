@@ -12,7 +12,7 @@ from tests.faults.oracle import judge, publish, until_settled
 from tests.faults.shop import Block, Task
 
 LANES = {"MILLSTREAM_CONCURRENCY": "8"}
-MARGIN_S = 1.0  # of a busy machine
+MARGIN_S = 2.0  # of a busy machine
 
 
 def ended_in_s(child: Child) -> float:
@@ -53,13 +53,13 @@ def test_what_outlives_the_grace_is_cut_off_and_goes_on_elsewhere_at_once(url: s
 
 
 def cut_off(url: str, journals: Path, **environment: str) -> None:
-    with Crew(url, journals, MILLSTREAM_GRACE="500ms", MILLSTREAM_LEASE="30s", **environment) as crew:
+    with Crew(url, journals, MILLSTREAM_GRACE="500ms", MILLSTREAM_LEASE="60s", **environment) as crew:
         slow = crew.worker(FAULTS_SLOW="60")
         publish(crew, [("d-1", Task(fault="slow")), ("d-2", Task(fault="slow"))])
         until_begun(crew, 2)
         other = crew.worker()
         assert 0.5 <= ended_in_s(slow) < 0.5 + MARGIN_S and slow.code == 1, slow.log
-        until_settled(crew, 3.0)  # a tenth of the lease: nobody waits for it
+        until_settled(crew, 5.0)  # a small part of the lease: nobody waits for it
         assert ended_in_s(other) < MARGIN_S and other.code == 0
         verdict = judge(crew)
         verdict.check()
@@ -68,14 +68,14 @@ def cut_off(url: str, journals: Path, **environment: str) -> None:
 
 
 def test_a_second_signal_does_not_wait_for_the_grace(url: str, journals: Path) -> None:
-    with Crew(url, journals, MILLSTREAM_GRACE="60s") as crew:
+    with Crew(url, journals, MILLSTREAM_GRACE="60s", MILLSTREAM_LEASE="60s") as crew:
         slow = crew.worker(FAULTS_SLOW="60")
         publish(crew, [("d-1", Task(fault="slow"))])
         until_begun(crew, 1)
         slow.send(signal.SIGINT)  # two of one kind that come at once are one
         assert ended_in_s(slow) < MARGIN_S and slow.code == 1, slow.log
         other = crew.worker()
-        until_settled(crew, 3.0)
+        until_settled(crew, 5.0)
         assert ended_in_s(other) < MARGIN_S and other.code == 0
         judge(crew).check()
 

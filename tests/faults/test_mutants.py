@@ -1,53 +1,38 @@
-"""The harness can fail: each mistake that it is there for is made on purpose, and found."""
+"""The judge can say no: mistakes that are made on purpose are found by the tests beside this one."""
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import pytest
 
-from tests.faults.processes import Trial
+from tests.faults import test_drain, test_kills, test_zombies
+from tests.faults.nemesis import Crew
+from tests.faults.oracle import judge
 
 
 @pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    return tmp_path
+def file(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/shop.db"
 
 
-def test_a_worker_that_settles_before_it_handles_is_found_to_lose_events(directory: Path) -> None:
-    with Trial(f"sqlite:///{directory}/shop.db", directory) as trial:
-        worker = trial.child("work", handler="slow:0.05", mutant="ack-first")
-        trial.publish(100)
-        trial.until(lambda: trial.history.runs, "a handler runs")
-        worker.signal(signal.SIGKILL)
-        worker.ended(5)
-        trial.child("work")
-        trial.until_settled()
-        with pytest.raises(AssertionError, match="lost [1-9]"):
-            trial.judge()
+def test_events_that_are_over_before_they_are_handled_are_lost(file: str, journals: Path) -> None:
+    with Crew(file, journals, FAULTS_MUTANT="ack_first") as crew:
+        _, verdict = test_kills.killed(crew, test_kills.SEED, 5, 2_000, 2_000)
+        assert verdict.lost and any(id_ in verdict.history for id_ in verdict.lost)
+        with pytest.raises(AssertionError, match="lost"):
+            verdict.check()
 
 
-def test_a_worker_without_a_fence_is_found_to_settle_what_is_not_its_own(directory: Path) -> None:
-    with Trial(f"sqlite:///{directory}/shop.db", directory) as trial:
-        zombie = trial.child("work", handler="slow:0.3", concurrency=2, mutant="no-fence")
-        trial.publish(2)
-        trial.until(lambda: len(trial.history.runs) == 2, "both handlers run")
-        trial.stop(zombie)
-        trial.child("work", handler="slow:20")  # has them, and works on them for long
-        trial.until(lambda: sum(trial.history.runs.values()) == 4, "somebody else has begun them")
-        zombie.signal(signal.SIGCONT)
-        trial.until(lambda: trial.history.stale(), "the stale settle is found")
-        with pytest.raises(AssertionError, match="stale [1-9]"):
-            trial.judge()
+def test_outcomes_that_are_believed_without_a_look_at_who_holds_the_event_are_stale(file: str, journals: Path) -> None:
+    with Crew(file, journals, MILLSTREAM_GRACE="10s", FAULTS_MUTANT="no_fence") as crew:
+        test_zombies.Graveyard(crew, test_zombies.SEED).haunt(8)
+        verdict = judge(crew)
+        assert verdict.stale
+        with pytest.raises(AssertionError, match="stale"):
+            verdict.check()
 
 
-def test_an_event_that_nobody_sent_is_found(directory: Path) -> None:
-    with Trial(f"sqlite:///{directory}/shop.db", directory) as trial:
-        trial.publish(3)
-        trial.child("work")
-        trial.until_settled()
-        trial.judge()
-        trial.history.tried.discard("1")
-        with pytest.raises(AssertionError, match="phantom 1"):
-            trial.judge()
+def test_a_process_that_keeps_what_it_holds_at_its_end_makes_others_wait(file: str, journals: Path) -> None:
+    with pytest.raises(AssertionError, match="not settled"):
+        test_drain.cut_off(file, journals, FAULTS_MUTANT="no_hand_back")

@@ -1,35 +1,36 @@
-"""Events that kill their process: each is dead after its attempts, its neighbours are all handled."""
+"""An event whose handler takes its process down: it becomes a dead letter, and nobody else suffers."""
 
 from __future__ import annotations
 
 import signal
-from collections import Counter
+from pathlib import Path
 
-import pytest
+from tests.faults.nemesis import Crew
+from tests.faults.oracle import judge, publish, until_settled
+from tests.faults.shop import Task
 
-from tests.faults.processes import GRACE_S, Trial
-
-EVENTS = 200
-POISON = {"57": "exit", "133": "kill"}
-ATTEMPTS = 2
+EVENTS, ATTEMPTS = 200, 3
+POISONS = {"p-exit": "exit", "p-kill": "kill"}
+PATIENT_S = 60.0  # six crashes, each with its lease and a pause before the restart
 
 
-@pytest.mark.timeout(120)
-def test_an_event_that_ends_its_process_is_dead_after_its_attempts_and_takes_nobody_along(trial: Trial) -> None:
-    kinds = " ".join(f"{id_}={kind}" for id_, kind in POISON.items())
-    supervisor = trial.child("supervise", 2, handler="slow:0.01", attempts=str(ATTEMPTS))
-    trial.publish(EVENTS, kinds=kinds)
-    group = trial.until_settled(within_s=90)
-    supervisor.signal(signal.SIGTERM)
-    assert supervisor.ended(GRACE_S + 3) == 0, supervisor.said()
-    letters = trial.dead()
-    assert {letter.stored.record.id: letter.reason for letter in letters} == dict.fromkeys(POISON, "crashed")
-    trial.judge(dead=set(POISON))
-    history = trial.history
-    assert history.finished == {str(n) for n in range(EVENTS)} - set(POISON)
-    assert (group.done, group.dead, group.pending) == (EVENTS - len(POISON), len(POISON), 0)
-    starts = Counter({id_: history.runs[id_] for id_ in POISON})
-    print({"poison": dict(starts), "repeats of others": history.repeats() - sum(starts.values()) + len(POISON)})
-    # Alone at last: seen in a crowd, suspected beside others, and once more with nobody beside it.
-    assert all(ATTEMPTS <= count <= ATTEMPTS + 2 for count in starts.values())
-    assert supervisor.said().count("it starts again") == sum(starts.values())
+def test_an_event_that_kills_its_process_dies_alone(url: str, journals: Path) -> None:
+    events = [(f"e-{n}", Task(seconds=n % 3 / 1_000)) for n in range(EVENTS)]
+    for place, (name, fault) in zip((50, 120), POISONS.items(), strict=True):
+        events.insert(place, (name, Task(fault=fault)))
+    with Crew(url, journals, FAULTS_ATTEMPTS=str(ATTEMPTS)) as crew:
+        publish(crew, events)
+        supervisor = crew.start("work", 2)
+        crew.until(crew.up, f"no worker joins: {supervisor.log}")
+        until_settled(crew, PATIENT_S)
+        supervisor.send(signal.SIGTERM)
+        assert supervisor.wait() == 0, supervisor.log
+        verdict = judge(crew)
+        verdict.check()
+        assert verdict.group.done in (None, EVENTS)
+        assert {(letter.stored.record.id, letter.reason) for letter in verdict.dead} == {
+            (p, "crashed") for p in POISONS
+        }
+        for poison in POISONS:
+            runs = [line for line in crew.journal.lines("run") if line.id == poison]
+            assert 2 <= len(runs) <= ATTEMPTS, crew.journal.history([poison])

@@ -57,8 +57,8 @@ class Busy:
 
 
 @contextmanager
-def busy(journals: Path, **config: str | int) -> Iterator[Busy]:
-    with RedisServer.start("7", appendonly="yes", **config) as server, Crew(server.url, journals) as crew:
+def busy(journals: Path, fsync: str = "everysec") -> Iterator[Busy]:
+    with RedisServer.start("7", appendonly="yes", appendfsync=fsync) as server, Crew(server.url, journals) as crew:
         yield Busy(server, crew)
 
 
@@ -86,7 +86,7 @@ def test_a_server_that_keeps_its_log_loses_nothing_when_it_comes_back(
     journals: Path, record_property: Told, how: str
 ) -> None:
     rounds = 50 if LONG else 4
-    with busy(journals, appendfsync="everysec" if how == "restart" else "always") as at:
+    with busy(journals, "everysec" if how == "restart" else "always") as at:
         for _ in range(rounds):
             at.pause(0.5)
             if how == "kill":
