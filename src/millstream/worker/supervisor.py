@@ -23,8 +23,7 @@ _PIPE = "MILLSTREAM_CHILD_PIPE"
 _FIRST_S, _LONGEST_S = 0.5, 30.0  # between restarts
 _STEADY_S = 60.0  # who lived this long starts again with the shortest pause
 _MARGIN_S = 5.0  # a child that outlives its grace by this much is killed
-_HOPELESS = (2, 4)  # wrong usage, not allowed: the next start would end the same way
-_NO_BROKER = 3  # ends the first start, like that of a lone process; later on the broker may come back
+_HOPELESS = (2, 3, 4)  # wrong usage, refused, not allowed: the next start would end the same way
 
 
 class Supervisor:
