@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import signal
@@ -108,10 +109,30 @@ class Crew:
         child.end()
 
     def stop(self, child: Child) -> None:
-        """Stop it with SIGSTOP; it stands still when this returns."""
+        """Stop it with SIGSTOP; it stands still when this returns, and stands in nobody's way.
+
+        A process that stands still inside SQLite's turnstile, in the midst of a write, stops all others too: nobody could
+        take over. That is SQLite's nature and no fault to look for here.
+        """
+        wait_until(lambda: self._stopped(child), PATIENCE_S, "it never stands still outside of the turnstile")
+        self.pen.write("stop", pid=child.pid)
+
+    def _stopped(self, child: Child) -> bool:
         child.send(signal.SIGSTOP)
         wait_until(lambda: state(child.pid) == "T", PATIENCE_S, "it goes on")
-        self.pen.write("stop", pid=child.pid)
+        turnstile = Path(self.url.removeprefix("sqlite:///") + "-turn")
+        if not turnstile.exists():
+            return True
+        with turnstile.open("rb") as file:
+            for _ in range(100):  # others are in there for a moment only
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    time.sleep(0.001)
+                else:
+                    return True
+        child.send(signal.SIGCONT)
+        return False
 
     def resume(self, child: Child) -> None:
         """Let it go on."""

@@ -136,11 +136,11 @@ async def test_a_server_that_is_down_wrong_or_locked_is_said_at_the_opening() ->
 
 async def test_each_danger_of_a_server_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
     with RedisServer.start("7", maxmemory_policy="allkeys-lru") as server:
-        async with opened(server.url, ALERTS) as broker:
-            await broker.read("alerts", 0, None, 1)
+        async with opened(server.url) as broker:
+            await broker.admin.streams()
             assert not caplog.records  # who only looks is not bothered
             for _ in range(2):
-                await broker.append("alerts", records(1))
+                await broker.declare(ALERTS)
         assert len(caplog.records) == 2
         assert "allkeys-lru" in caplog.text and "keeps nothing on disk" in caplog.text
     caplog.clear()

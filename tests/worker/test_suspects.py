@@ -158,6 +158,25 @@ async def test_those_that_only_ran_beside_a_killer_are_not_blamed() -> None:
     assert sorted(handled) == [0, 1, 2]
 
 
+async def test_who_ran_alone_is_settled_before_the_next_suspect_begins() -> None:
+    app, handled = app_of(), list[int]()
+
+    @app.subscriber(orders, "billing")
+    async def charge(event: Base) -> None:
+        handled.append(event.n)
+
+    shop = Shop(app, 2)
+    await shop.left_by(2, 2)
+    gate = shop.broker.hanging["settle"] = asyncio.Event()
+    async with at_work(app, shop.broker):
+        await until(lambda: shop.broker.calls["settle"] == 1)
+        await turns()
+        assert len(handled) == 1, "if the second one killed us now, the first one would be blamed too"
+        gate.set()
+        await settled(shop.broker)
+    assert sorted(handled) == [0, 1]
+
+
 async def test_a_suspect_that_somebody_else_has_by_now_is_not_run() -> None:
     app, handled = app_of(), list[int]()
 

@@ -39,13 +39,20 @@ class Settler:
         self._aside_until = 0.0
         self._repeated: set[Position] = set()
         self._wake = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._stopping = False
 
     def add(self, settlement: Settlement) -> None:
         """Hand over one outcome."""
         if not self._waiting:
             self._wake.set()
+            self._idle.clear()
         self._waiting.append(settlement)
+
+    async def caught_up(self) -> None:
+        """Wait until all outcomes are settled, but for those that the broker has no room for."""
+        await self._idle.wait()
 
     def stop(self) -> None:
         """Settle what there is, then end."""
@@ -61,6 +68,8 @@ class Settler:
             if self._waiting:
                 batch, self._waiting = self._waiting[:MAX_SETTLE], self._waiting[MAX_SETTLE:]
                 await self._settle(batch)
+                if not self._waiting:
+                    self._idle.set()
                 continue
             self._wake.clear()
             if self._aside:

@@ -87,6 +87,7 @@ class Worker:
                 self._clock,
                 self._telemetry,
                 settle=settler.add,
+                caught_up=settler.caught_up,
                 dropped=self._left,
                 concurrency=self._concurrency,
             )

@@ -245,7 +245,7 @@ def _record(position: Position, fields: Sequence[bytes]) -> Record:
     try:
         return entry.read(fields, partition=position.partition, offset=position.offset, stored_ms=stored_ms)
     except WireError:
-        return Record(position.partition, str(position), "", entry.preview(fields).encode())
+        return Record(position.partition, str(position), "", entry.preview(fields).encode(), None, stored_ms)
 
 
 def _answer(link: Link, reply: Any, missing: Any) -> Any:

@@ -151,6 +151,7 @@ class RedisBroker:
 
     async def declare(self, stream: StreamSpec) -> None:
         """Create the stream, or compare it with what is recorded. Needs no room on the server when it is recorded."""
+        await self._warn()
         await self._declare(stream, await self.control())
 
     async def append(self, stream: str, records: Sequence[Record], confirm: Confirm = "memory") -> list[Position]:
@@ -160,7 +161,6 @@ class RedisBroker:
         """
         if confirm != "memory":
             raise NotSupported(f"{self.url} cannot confirm {confirm!r} yet, only 'memory'")
-        await self._warn()
         link = await self._publish.get()  # first: another server may not know the stream
         known = await self._known(stream, link)
         _check_records(known, records)
@@ -223,7 +223,6 @@ class RedisBroker:
 
     async def subscribe(self, subscription: Subscription) -> Consumer:
         """Join a group, which is made if it is new."""
-        await self._warn()
         return await RedisConsumer.join(self, subscription)
 
     async def _warn(self) -> None:
