@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from dataclasses import replace
 from datetime import datetime, timedelta
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, overload
 
 from millstream.brokers.base import Broker, Start, Stored
 from millstream.brokers.urls import broker_for, mask
@@ -114,7 +114,12 @@ class App(Router):
     ) -> None:
         await self._entered.pop().__aexit__(kind, error, trace)
 
-    async def publish(self, event: E | Envelope[E], *, to: Stream[E] | None = None) -> Position:
+    # Two shapes each: without `to`, mypy takes an Envelope for one of nothing.
+    @overload
+    async def publish(self, event: Envelope[Any], *, to: None = None) -> Position: ...
+    @overload
+    async def publish(self, event: E | Envelope[E], *, to: Stream[E] | None = None) -> Position: ...
+    async def publish(self, event: Any, *, to: Stream[Any] | None = None) -> Position:
         """Store an event and return its position.
 
         On return it survives a crash of this process and, at the stream's confirmation level, of the server. Raises
@@ -124,8 +129,16 @@ class App(Router):
         """
         return await self._open().publisher.publish(event, to)
 
+    @overload
+    async def publish_many(
+        self, events: Iterable[Envelope[Any]] | AsyncIterable[Envelope[Any]], *, to: None = None
+    ) -> list[Position]: ...
+    @overload
     async def publish_many(
         self, events: Iterable[E | Envelope[E]] | AsyncIterable[E | Envelope[E]], *, to: Stream[E] | None = None
+    ) -> list[Position]: ...
+    async def publish_many(
+        self, events: Iterable[Any] | AsyncIterable[Any], *, to: Stream[Any] | None = None
     ) -> list[Position]:
         """Store many events in their order, in writes of up to 1,000, and return their positions.
 
@@ -205,16 +218,17 @@ class App(Router):
 
     async def _serve(self, only: Collection[str]) -> bool:
         stopping = asyncio.Event()
-        async with self._working(only) as process:
+        process: Process | None = None
 
-            def stop(_: int = 0) -> None:
-                if stopping.is_set():
-                    logger.warning("second signal: running handlers are cut off")
-                    process.cut()
-                stopping.set()
+        def stop(_: int = 0) -> None:
+            if stopping.is_set() and process is not None:
+                logger.warning("second signal: running handlers are cut off")
+                process.cut()
+            stopping.set()
 
-            with catching(stop):
-                when_orphaned(stop)
+        with catching(stop):  # before anything is opened: a stop during the start is a stop
+            when_orphaned(stop)
+            async with self._working(only) as process:
                 logger.info("%s handles events on %s", self.name, mask(self.url))
                 await stopping.wait()
                 await process.drain()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Generic
+from typing import TYPE_CHECKING, Any, Generic, overload
 
 import msgspec
 
@@ -111,7 +111,11 @@ class Delivery(Envelope[E_co]):
         """When this attempt times out, in UTC; None without a timeout."""
         return None if self._deadline_ms is None else datetime.fromtimestamp(self._deadline_ms / 1000, UTC)
 
-    def publish(self, event: T | Envelope[T], *, to: Stream[T] | None = None) -> None:
+    @overload  # without `to`, mypy would take an Envelope for one of nothing
+    def publish(self, event: Envelope[Any], *, to: None = None) -> None: ...
+    @overload
+    def publish(self, event: T | Envelope[T], *, to: Stream[T] | None = None) -> None: ...
+    def publish(self, event: Any, *, to: Stream[Any] | None = None) -> None:
         """Hand over an event to be stored together with this delivery's outcome. Does no I/O.
 
         Stored only when the handler ends well. Raises `Unroutable` or `TooLarge` at once.

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, overload
 
 import msgspec
 
@@ -113,7 +113,11 @@ class TestApp:
             self._process.cut()  # nobody moves the time on for a handler that waits for its grace
         await self._stack.__aexit__(kind, error, trace)
 
-    async def publish(self, event: E | Envelope[E], *, to: Stream[E] | None = None) -> Position:
+    @overload
+    async def publish(self, event: Envelope[Any], *, to: None = None) -> Position: ...
+    @overload
+    async def publish(self, event: E | Envelope[E], *, to: Stream[E] | None = None) -> Position: ...
+    async def publish(self, event: Any, *, to: Stream[Any] | None = None) -> Position:
         """Publish an event, and return when everything that is due has been done. Raises what a handler raised."""
         position = await self._app.publish(event, to=to)
         await self.idle()

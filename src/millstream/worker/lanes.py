@@ -297,7 +297,7 @@ class Lanes:
             async with self._gate.alone():
                 if await self._begin(claims):
                     await self._handle_any(lane, route, claims)
-                    pass  # await self._caught_up()  # before the next one may kill us, or this one would be blamed for it
+                    await self._caught_up()  # before the next one may kill us, or this one would be blamed for it
 
     async def _handle_any(self, lane: Lane, route: Route, claims: Sequence[Claim]) -> None:
         self._turn = self._clock.monotonic()  # it may have waited for long: its time begins now

@@ -23,7 +23,8 @@ _PIPE = "MILLSTREAM_CHILD_PIPE"
 _FIRST_S, _LONGEST_S = 0.5, 30.0  # between restarts
 _STEADY_S = 60.0  # who lived this long starts again with the shortest pause
 _MARGIN_S = 5.0  # a child that outlives its grace by this much is killed
-_HOPELESS = (2, 3, 4)  # wrong usage, refused, not allowed: the next start would end the same way
+_HOPELESS = (2, 4)  # wrong usage, not allowed: the next start would end the same way
+_NO_BROKER = 3  # ends the first start, like that of a lone process; later on the broker may come back
 
 
 class Supervisor:
@@ -53,6 +54,7 @@ class Supervisor:
     async def _keep(self, index: int, pipe: int) -> None:
         """One child after the other. Ends after `stop`, when the child has ended."""
         pause_s = _FIRST_S
+        hopeless: tuple[int, ...] = (*_HOPELESS, _NO_BROKER)
         while not self._stopping.is_set():
             started = self._clock.monotonic()
             code = await self._live(index, pipe)
@@ -61,10 +63,11 @@ class Supervisor:
                 drained = code in (0, -signal.SIGTERM, -signal.SIGINT)
                 self.exit_code = self.exit_code or (0 if drained else max(code, 1))
                 return
-            if code in _HOPELESS and self._clock.monotonic() - started < _STEADY_S:
+            if code in hopeless and self._clock.monotonic() - started < _STEADY_S:
                 self.exit_code = code
                 self._stop(signal.SIGTERM)
                 return
+            hopeless = _HOPELESS
             if self._clock.monotonic() - started > _STEADY_S:
                 pause_s = _FIRST_S
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"

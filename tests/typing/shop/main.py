@@ -1,6 +1,6 @@
 """millstream run shop.main:app"""
 
-from millstream import App, Position, Unconfirmed
+from millstream import App, Envelope, Position, Unconfirmed
 from shop.billing import billing
 from shop.events import OrderCancelled, OrderPlaced, orders, payments
 
@@ -31,4 +31,5 @@ async def totals() -> dict[str, int]:
 
 async def main() -> None:
     async with app:  # a client: runs no handler. app.worker() does both
+        await app.publish(Envelope(OrderPlaced(order_id="o-2", customer="c-9", total=1), headers={"tenant": "a"}))
         await place("o-1", "c-9", 1999)
