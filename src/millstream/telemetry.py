@@ -23,12 +23,15 @@ STALE = "settle.refused"  # group, positions: settled too late, somebody else ha
 BROKER_ERROR = "broker.error"  # group, doing, error: retried with back-off
 LISTENER_FAILED = "listener.failed"  # stream, position, exception
 
+COMPLAIN_EVERY_S = 1.0
+
 
 class Telemetry:
     """What happens in one app."""
 
     def __init__(self) -> None:
         self._listeners: list[Listener] = []
+        self._complained: dict[str, float] = {}
 
     def listen(self, listener: Listener) -> Callable[[], None]:
         """Call the listener with every event's name and measurements, from now on. Returns how to stop that."""
@@ -42,3 +45,9 @@ class Telemetry:
                 listener(name, measurements)
             except Exception:
                 logger.exception("a telemetry listener failed on %s", name)
+
+    def complain(self, about: str, now_s: float, message: str, *args: Any) -> None:
+        """Log a warning, one line a second about the same thing: that says as much as a thousand."""
+        if now_s - self._complained.get(about, float("-inf")) >= COMPLAIN_EVERY_S:
+            self._complained[about] = now_s
+            logger.warning(message, *args)

@@ -21,7 +21,7 @@ from tests.servers import RedisServer
 SEED = 13
 RATE = 800
 IN_FLIGHT, WORKERS = 32, 2
-LINES_A_SECOND = 4  # one for each thing that a worker does, and its consumer: fetch, settle, keep
+LINES_A_SECOND = 2  # one, and another where the second begins anew
 
 Told = Callable[[str, object], None]
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from millstream.clock import Clock
 from millstream.errors import BrokerError
-from millstream.telemetry import BROKER_ERROR, Telemetry, logger
+from millstream.telemetry import BROKER_ERROR, Telemetry
 
 _FIRST_S = 0.01
 _LONGEST_S = 1.0
-_LOG_EVERY_S = 1.0
 
 
 class Backoff:
-    """Pauses that grow from 10 ms to 1 s, with jitter; one log line a second at most."""
+    """Pauses that grow from 10 ms to 1 s, with jitter. All loops of a group together log one line a second at most."""
 
     def __init__(self, doing: str, group: str, clock: Clock, telemetry: Telemetry) -> None:
         self._doing = doing
@@ -20,7 +19,6 @@ class Backoff:
         self._clock = clock
         self._telemetry = telemetry
         self._delay_s = _FIRST_S
-        self._logged = float("-inf")
 
     def reset(self) -> None:
         """It worked."""
@@ -35,9 +33,13 @@ class Backoff:
         if not error.retryable:
             raise error
         self._telemetry.emit(BROKER_ERROR, group=self._group, doing=self._doing, error=error)
-        now = self._clock.monotonic()
-        if now - self._logged >= _LOG_EVERY_S:
-            self._logged = now
-            logger.warning("group %s cannot %s now and tries again: %s", self._group, self._doing, error)
+        self._telemetry.complain(
+            self._group,
+            self._clock.monotonic(),
+            "group %s cannot %s now and tries again: %s",
+            self._group,
+            self._doing,
+            error,
+        )
         delay_s, self._delay_s = self._delay_s, min(self._delay_s * 2, _LONGEST_S)
         return delay_s * (0.5 + self._clock.chance() / 2)

@@ -57,7 +57,6 @@ if TYPE_CHECKING:
 
 
 MAX_FORMERS = 16  # lives whose eviction is still owed; the sweep finds all others
-LOG_S = 1.0  # one line a second says as much as a thousand
 
 _LAST_SEQUENCE = 18_446_744_073_709_551_615
 
@@ -81,7 +80,7 @@ class RedisConsumer:
         self._told = asyncio.Event()
         self._turn = asyncio.Lock()
         self._closed = False
-        self._sweep_at = self._logged_at = 0.0
+        self._sweep_at = 0.0
 
     @classmethod
     async def join(cls, broker: RedisBroker, subscription: Subscription) -> RedisConsumer:
@@ -234,10 +233,8 @@ class RedisConsumer:
 
     def _complain(self, error: BrokerError) -> None:
         self._broker.telemetry.emit(BROKER_ERROR, group=self._subscription.group, error=error)
-        now = self._clock.monotonic()
-        if now >= self._logged_at + LOG_S:
-            self._logged_at = now
-            logger.warning("group %s of %s: %s", self._subscription.group, self._subscription.stream.name, error)
+        group, stream = self._subscription.group, self._subscription.stream.name
+        self._broker.telemetry.complain(group, self._clock.monotonic(), "group %s of %s: %s", group, stream, error)
 
     # Claiming and keeping.
 
