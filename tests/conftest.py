@@ -13,12 +13,17 @@ import asyncio
 import gc
 import importlib.util
 import inspect
+import signal
 from collections.abc import Coroutine
 from typing import Any
 
 import pytest
 
 TEST_S = 60.0
+
+# Started in the background by a shell, we and all that we start would ignore Ctrl-C; tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)
