@@ -167,6 +167,21 @@ async def test_another_life_of_the_server_ends_that_of_the_consumer() -> None:
                 await consumer.close()
 
 
+async def test_after_another_life_of_the_server_nothing_is_claimed_before_the_loss_is_told() -> None:
+    with RedisServer.start("7", appendonly="yes", appendfsync="always") as server:
+        async with opened(server.url, ORDERS) as broker:
+            consumer = await joined(broker)
+            await broker.append("orders", records(3))
+            held = await claimed(consumer, 3)
+            server.restart()
+            # It is this call that finds out; the worker still believes to hold them, and would drop them when it is told.
+            assert await persistent(consumer.fetch, 10, 0.2) == []
+            assert (await persistent(consumer.keep)).lost == {claim.stored.position for claim in held}
+            again = await claimed(consumer, 3)
+            assert not (await persistent(consumer.keep)).lost and await settled(consumer, again) == [True] * 3
+            await consumer.close()
+
+
 async def test_closing_without_a_server_is_quiet() -> None:
     with RedisServer.start("7") as server:
         async with opened(server.url, ORDERS) as broker:

@@ -240,6 +240,8 @@ class RedisConsumer:
 
     async def _claim(self, limit: int, left_s: float) -> list[Claim]:
         life = await self._living()
+        if self._lost:  # the life before has ended just now, and the worker does not know yet
+            return []
         try:
             await life.watch()
             await life.recover()
@@ -253,6 +255,8 @@ class RedisConsumer:
             if life.full and (have := len(life.surplus)) < limit:  # a few partitions have more than their share
                 await life.read(limit - have, 0, life.full)
             await life.trust()
+            if self._life is not life:  # it has ended meanwhile, and all that it had claimed is lost with it
+                return []
             return [life.surplus.popleft() for _ in range(min(limit, len(life.surplus)))]
         except GroupVanished as error:
             await self._heal(life, error)
