@@ -97,6 +97,23 @@ async def test_what_a_process_that_was_killed_while_creating_left_is_cleared_awa
     assert not list(tmp_path.glob("shop.db-new*"))
 
 
+async def test_a_file_whose_checkpoint_was_cut_off_is_opened_with_all_its_events(tmp_path: Path) -> None:
+    # A checkpoint copies the first page first: it names more pages than the file has, until the others follow.
+    names = [f"o-{n}" for n in range(200)]
+    (tmp_path / "later").mkdir()
+    async with opened(tmp_path / "shop.db") as broker:
+        await broker.append("orders", records(*names, size_bytes=1_000))
+        for rest in ("", "-wal"):
+            (tmp_path / "later" / f"shop.db{rest}").write_bytes((tmp_path / f"shop.db{rest}").read_bytes())
+    file = tmp_path / "later" / "shop.db"
+    content = bytearray(file.read_bytes())
+    content[28:32] = (len(content) // 4_096 + 50).to_bytes(4)
+    file.write_bytes(content)
+    async with opened(file) as broker:
+        assert [stored.record.id for stored in await broker.read("orders", 0, None, 500)] == names
+    assert intact(file)
+
+
 async def test_another_programs_database_is_refused_and_left_untouched(tmp_path: Path) -> None:
     for mode in ("delete", "wal"):
         path = tmp_path / f"foreign-{mode}.db"

@@ -27,6 +27,8 @@ except ImportError:  # Windows: without the turnstile, SQLite's own lock decides
 
 Synchronous: TypeAlias = Literal["full", "normal"]
 
+MAGIC = b"SQLite format 3\0"
+HEADER_BYTES = 100  # https://www.sqlite.org/fileformat.html#the_database_header
 APPLICATION_ID = 0x4D696C6C  # "Mill": tells our files from other programs' SQLite databases
 SCHEMA_VERSION = 1
 BUSY_MS = 10_000  # only strangers (a shell, a backup) hold SQLite's lock without the turnstile; they are soon done
@@ -186,10 +188,13 @@ class File:
         _sync_directory(os.path.dirname(self.path))
 
     def _recognise(self) -> None:
-        uri = f"{Path(self.path).as_uri()}?mode=ro&immutable=1"
-        with closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as connection:
-            (application,) = connection.execute("PRAGMA application_id").fetchone()
-            (version,) = connection.execute("PRAGMA user_version").fetchone()
+        # From its header and not through SQLite, which would write beside a file that may not be ours; and which takes a
+        # file for broken whose checkpoint was cut off, as long as it may not look into the log.
+        with open(self.path, "rb") as file:
+            header = file.read(HEADER_BYTES)
+        if len(header) < HEADER_BYTES or not header.startswith(MAGIC):
+            raise BrokerRefused(f"{self.path} is no SQLite database: name another path")
+        version, application = int.from_bytes(header[60:64]), int.from_bytes(header[68:72])
         if application != APPLICATION_ID:
             raise BrokerRefused(f"{self.path} is not a Millstream database, but another program's: name another path")
         if version > SCHEMA_VERSION:
