@@ -279,3 +279,13 @@ async def test_publish_many_on_a_full_broker_carries_what_was_not_stored() -> No
         with pytest.raises(Unconfirmed, match="none of these was stored") as caught:
             await app.publish_many([Placed(note="1"), Placed(note="2")])
     assert [envelope.event.note for envelope in caught.value.envelopes] == ["1", "2"] and not caught.value.results
+
+
+async def test_publish_many_says_how_many_are_stored_before_one_that_cannot_be_published() -> None:
+    async with opened() as (app, broker):
+        events = [Placed(order_id=str(n)) for n in range(1_500)]
+        events[1_200] = Placed(note="x" * 2_000_000)
+        with pytest.raises(TooLarge) as refused:
+            await app.publish_many(events, to=orders)
+        assert refused.value.__notes__ == ["The first 1,000 events are stored, and no other."]
+        assert len(await stored(broker)) == 1_000

@@ -144,7 +144,7 @@ class App(Router):
 
         Not all or nothing: it stops at the first write that fails with `Unconfirmed`, whose `envelopes` are what to
         publish again and whose `results` are the positions stored until then; what follows in the iterable has not been
-        looked at.
+        looked at. An event that cannot be published raises what `publish` would, with a note that says how many are stored.
         """
         return await self._open().publisher.publish_many(events, to)
 

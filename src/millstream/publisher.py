@@ -103,9 +103,13 @@ class Publisher:
     async def publish_many(self, events: Iterable[Any] | AsyncIterable[Any], to: Stream[Any] | None) -> list[Position]:
         """Store many events, in chunks; see `App.publish_many`."""
         positions: list[Position] = []
-        async for portion in _portions(events, self._clock):
-            for chunk in self._chunks(portion, to):
-                positions += await self._append(chunk, positions)
+        try:
+            async for portion in _portions(events, self._clock):
+                for chunk in self._chunks(portion, to):
+                    positions += await self._append(chunk, positions)
+        except (BadEvent, TooLarge, Unroutable) as error:
+            error.add_note(f"The first {len(positions):,} events are stored, and no other.")
+            raise
         return positions
 
     def stage(self, delivery: Delivery[Any], event: Any, to: Stream[Any] | None) -> Output:
