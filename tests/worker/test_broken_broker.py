@@ -212,7 +212,7 @@ async def test_a_worker_whose_heartbeat_fails_still_drains_at_once() -> None:
         await app.publish_many([Placed(n=n) for n in range(5)])
         await until(lambda: process._workers[0].in_flight)
         began_s = time.monotonic()
-    assert time.monotonic() - began_s < 5 and handled == []
+    assert time.monotonic() - began_s < 15 and handled == []
     (group,) = await faults.admin.groups("orders")
     assert (group.lag or 0) + group.scheduled == 5  # handed back
 

@@ -174,6 +174,7 @@ class RedisConsumer:
         try:
             if not life.connected:
                 await life.repair()
+            await life.see()  # or it would come back as a second attempt
             for partition in life.place.partitions:
                 await self._release(life, partition)
             await life.leave()

@@ -261,10 +261,8 @@ class Incarnation:
         """Find what was delivered to us and never seen: into `surplus`. Only while no answer is under way."""
         if self._reading is not None or not (self._unseen or self._clock.monotonic() >= self._recover_at):
             return
-        self._unseen, self._recover_at = (
-            False,
-            0.0,
-        )  # a repair may begin meanwhile; and when this fails, it is due again
+        # A repair may begin meanwhile; and when this fails, it is due again.
+        self._unseen, self._recover_at = False, 0.0
         for partition, at in enumerate(self.place.at):
             start = "-"
             while start:
@@ -275,6 +273,12 @@ class Incarnation:
                 start = f"({page[-1][0].decode()}" if len(page) == MAX_ACKS else ""
         now = self._clock.monotonic()
         self._recover_at = self._doubt_until if now < self._doubt_until else now + AUDIT_S
+
+    async def see(self) -> None:
+        """See what was delivered and not seen yet, so that it can be handed back."""
+        if self._reading is not None:
+            await self.read(0, 0)
+        await self.recover()
 
     # Settling.
 
@@ -361,9 +365,8 @@ class Incarnation:
 
     def _set_time(self, sent_at: float, server_ms: int) -> None:
         self._beat_at, self._server_ms = sent_at, server_ms
-        self._asked_at = (
-            sent_at + self._clock.monotonic()
-        ) / 2  # the best guess: the answer took as long as the question
+        # The best guess: the answer took as long as the question.
+        self._asked_at = (sent_at + self._clock.monotonic()) / 2
 
     async def _replaced(self, old: Link, name: str) -> Link:
         link = await self._broker.connect(f"{self.name}-{name}")
@@ -375,9 +378,8 @@ class Incarnation:
             link.close()
             raise
         if not old.client_id or str(killed).startswith("NOPERM"):
-            self._doubt_until = (
-                self._clock.monotonic() + BLOCK_S + 1
-            )  # it may still be served: look again when it ended
+            # It may still be served: look again when it has ended.
+            self._doubt_until = self._clock.monotonic() + BLOCK_S + 1
         self._unseen = True
         return link
 
