@@ -57,6 +57,14 @@ def test_a_child_that_dies_is_replaced_after_a_pause_that_grows(crew: Crew) -> N
     assert supervisor.wait(EXIT_S) == 0 and ended(crew.up())
 
 
+def test_a_child_that_was_told_to_end_alone_is_replaced_too(crew: Crew) -> None:
+    supervisor = supervised(crew)
+    os.kill(crew.up()[0], signal.SIGTERM)
+    crew.until(lambda: len(crew.up()) == 3, f"nobody replaces it: {supervisor.log}")
+    supervisor.send(signal.SIGTERM)
+    assert supervisor.wait(EXIT_S) == 0 and ended(crew.up())
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains_all_children(crew: Crew, number: signal.Signals) -> None:
     supervisor = supervised(crew, MILLSTREAM_CONCURRENCY="2")

@@ -58,7 +58,7 @@ class Supervisor:
         while not self._stopping.is_set():
             started = self._clock.monotonic()
             code = await self._live(index, pipe)
-            if self._stopping.is_set() or code == 0:
+            if self._stopping.is_set():
                 # Ended by the signal that we passed on: it could not catch it yet, or any more, and had nothing in hand.
                 drained = code in (0, -signal.SIGTERM, -signal.SIGINT)
                 self.exit_code = self.exit_code or (0 if drained else max(code, 1))
