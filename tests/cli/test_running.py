@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 
 import pytest
+import redis
 
 from tests.cli.conftest import Program, Project
 from tests.servers import RedisServer, free_port
@@ -96,7 +96,8 @@ def test_an_entry_that_is_not_ours_becomes_a_dead_letter_and_the_group_goes_on(p
     with RedisServer.start("7") as server:
         project.environment["MILLSTREAM_BROKER"] = server.url
         assert project("publish", "orders", "order.placed", "order_id=0").exit_code == 0
-        subprocess.run(["redis-cli", "-p", str(server.port), "XADD", "orders:0", "*", "foo", "bar"], check=True)
+        with redis.Redis.from_url(server.url) as client:
+            client.xadd("orders:0", {"foo": "bar"})
         program = project.start("run")
         program.until(lambda: len(json.loads(project("dead", "ls", "-o", "json").stdout)) == 2)
         program.until(lambda: done(project) == 1)

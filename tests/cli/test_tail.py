@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import redis
 
 from tests.cli.conftest import Project
 from tests.servers import RedisServer
@@ -73,7 +74,8 @@ def test_an_entry_that_is_no_event_is_shown_as_such(project: Project) -> None:
     with RedisServer.start("7") as server:
         project.environment["MILLSTREAM_BROKER"] = server.url
         publish(project, "1")
-        subprocess.run(["redis-cli", "-p", str(server.port), "XADD", "orders:0", "*", "foo", "bar\x1b[2J"], check=True)
+        with redis.Redis.from_url(server.url) as client:
+            client.xadd("orders:0", {"foo": "bar\x1b[2J"})
         done = project("tail", "orders", "--since", "1h")
         assert done.exit_code == 0 and len(done.stdout.splitlines()) == 2
         (foreign,) = [line for line in done.stdout.splitlines() if "(no event)" in line]
