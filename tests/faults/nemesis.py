@@ -99,6 +99,10 @@ class Crew:
         self.until(lambda: child.pid in self.up(), f"process {child.pid} does not join: {child.log}")
         return child
 
+    def said(self) -> str:
+        """The last words of every process, and how it ended."""
+        return "\n".join(f"--- process {c.pid}, ended with {c.code}:\n{c.log[-2_000:]}" for c in self._children)
+
     def up(self) -> list[int]:
         """The processes that ever joined, in this order."""
         return [line.pid for line in sorted(self.journal.lines("up"))]

@@ -148,7 +148,7 @@ def until_settled(crew: Crew, within_s: float = PATIENCE_S) -> None:
     try:
         wait_until(settled, within_s, "not settled")
     except RuntimeError as late:
-        raise AssertionError(f"{late}: {seen}\n{left(crew)}") from None
+        raise AssertionError(f"{late}: {seen}\n{left(crew)}\n{crew.said()}") from None
 
 
 def left(crew: Crew) -> str:
