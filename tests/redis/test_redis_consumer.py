@@ -76,7 +76,7 @@ async def test_a_retry_comes_back_when_it_is_due_and_not_before(server: RedisSer
         assert await settled(consumer, await claimed(consumer, 1), soon(0.3)) == [True]
         (claim,) = await consumer.fetch(1, WAIT_S)
         assert claim.attempt == 2 and not claim.suspect and not claim.postponed
-        assert clock.monotonic() - begun >= 0.29
+        assert 0.29 <= clock.monotonic() - begun < 2
         await settled(consumer, [claim], Later(clock.now_ms(), "later", counted=False))
         (claim,) = await consumer.fetch(1, WAIT_S)
         assert (claim.attempt, claim.postponed) == (2, 1)
@@ -92,7 +92,7 @@ async def test_a_retry_that_falls_due_ends_a_fetch_that_waits(server: RedisServe
             await brokers.until(lambda: life_of(consumer)._blocked_until_ms > 0)
             begun = clock.monotonic()
             await settled(consumer, claims, soon(0.02))
-        assert len(waiting.result()) == 1 and clock.monotonic() - begun < WAIT_S / 2
+        assert len(waiting.result()) == 1 and clock.monotonic() - begun < 0.2
 
 
 async def test_an_entry_that_is_no_event_is_claimed_with_its_fault(server: RedisServer) -> None:
@@ -187,8 +187,7 @@ async def test_a_silent_member_is_taken_over_within_a_second_of_its_lease(server
         await silent.keep()
         begun = clock.monotonic()
         claims = await claimed(consumer, 3, beats=True)
-        # About a second after the lease at the latest; a busy machine gets more.
-        assert LEASE_S * 0.9 <= clock.monotonic() - begun <= LEASE_S + 5
+        assert LEASE_S * 0.9 <= clock.monotonic() - begun <= LEASE_S + 1
         assert ids(claims) == ids(held)
         assert {(claim.attempt, claim.suspect) for claim in claims} == {(2, 1)}
         assert await settled(silent, held) == [False] * 3, "a zombie settles nothing"

@@ -132,7 +132,7 @@ async def test_a_full_broker_keeps_dead_letters_waiting_and_settles_the_others()
         for n in range(10, 2_000, 10):
             await app.publish_many([Placed(n=i) for i in range(n, n + 10)])
         await until(lambda: len(handled) == 2_000)
-        async with asyncio.timeout(10):  # a pause for each round of the full broker would make it 20 of a second
+        async with asyncio.timeout(5):  # a pause for each round of the full broker would make it 20 of a second
             while (group := (await broker.admin.groups("orders"))[0]).done != 1_990:
                 await asyncio.sleep(0.001)
         assert (group.pending - group.scheduled, group.dead) == (10, 0)
@@ -212,7 +212,7 @@ async def test_a_worker_whose_heartbeat_fails_still_drains_at_once() -> None:
         await app.publish_many([Placed(n=n) for n in range(5)])
         await until(lambda: process._workers[0].in_flight)
         began_s = time.monotonic()
-    assert time.monotonic() - began_s < 15 and handled == []
+    assert time.monotonic() - began_s < 5 and handled == []
     (group,) = await faults.admin.groups("orders")
     assert (group.lag or 0) + group.scheduled == 5  # handed back
 

@@ -75,7 +75,7 @@ async def test_a_hanging_plain_function_does_not_hold_up_the_end() -> None:
         began_s = time.monotonic()
     took_s = time.monotonic() - began_s
     gate.set()
-    assert not process.finished and took_s < 15
+    assert not process.finished and took_s < 2
     assert [pending.consumer for pending in await broker.admin.pending("orders", "billing", 100)] == [""]
 
 
