@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
-from millstream.brokers.base import Dead, Done, Output, Settlement
+from millstream.brokers.base import Dead, Done, Outcome, Output, Settlement
 from millstream.brokers.redis import incarnation
+from millstream.brokers.redis.link import Link
 from millstream.errors import BrokerDown, BrokerFull
 from tests.redis import brokers
 from tests.redis.brokers import opened, records, run_in
@@ -31,6 +33,22 @@ from tests.servers import VERSIONS, RedisServer
 
 started = brokers.started
 server = brokers.server
+
+
+def late_answer(link: Link) -> tuple[asyncio.Event, asyncio.Event]:
+    """Hold back the next answer on a link: it has come when the first event is set, and goes on with the second."""
+    answered, hold = asyncio.Event(), asyncio.Event()
+    send = link.send
+
+    async def late(*args: Any) -> list[Any]:
+        link.send = send  # type: ignore[method-assign]
+        answers = await send(*args)
+        answered.set()
+        await hold.wait()
+        return answers
+
+    link.send = late  # type: ignore[method-assign, assignment]
+    return answered, hold
 
 
 # Connections, groups and servers that go away
@@ -84,7 +102,7 @@ async def test_what_was_taken_by_a_call_that_was_cancelled_is_recovered(server: 
         server.pause()
         try:
             task = asyncio.get_running_loop().create_task(consumer.fetch(3, WAIT_S))
-            await brokers.until(lambda: life_of(consumer)._unseen)  # it waits for the answer
+            await brokers.until(lambda: len(life_of(consumer).writer._waiting) > 0)  # it waits for the answer
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -137,6 +155,25 @@ async def test_a_group_that_vanishes_while_events_are_held_loses_none(server: Re
         assert ids(again) == ids([first])
         assert await consumer.fetch(10, 0) == [], "what is held does not come twice"
         assert await settled(consumer, [*held[1:], *again]) == [True] * 4 and pending(server) == 0
+
+
+@pytest.mark.parametrize("outcome", [Done(), soon()])
+async def test_an_outcome_between_a_groups_rebirth_and_the_next_delivery_leaves_nothing_lying(
+    server: RedisServer, outcome: Outcome
+) -> None:
+    async with alone(server) as (broker, consumer):
+        await broker.append("orders", records(1))
+        held = await claimed(consumer, 1)
+        life_of(consumer)._watch_at = float("inf")  # so that the next thing to be sent is the outcome
+        run_in(server, "XGROUP", "DESTROY", LOG, GROUP)
+        run_in(server, "XGROUP", "CREATE", LOG, GROUP, 0)
+        async with asyncio.TaskGroup() as group:
+            answered, hold = late_answer(life_of(consumer).writer)
+            group.create_task(settled(consumer, held, outcome))
+            await answered.wait()
+            assert await consumer.fetch(10, 0) == [], "it is delivered once more, and we still hold it"
+            hold.set()
+        assert ids(await claimed(consumer, 1)) == ids(held)
 
 
 async def test_a_stream_that_begins_anew_is_read_from_its_beginning(server: RedisServer) -> None:

@@ -71,7 +71,7 @@ class Incarnation:
         self.full: list[int] = []
         """Partitions that had as many events as the last read asked of each, so they may have more."""
         self.settle_missing = 0
-        """Acks that found nothing: a repeat, a foreign ack, or a server that was rolled back."""
+        """Outcomes that found nothing: a repeat, a foreign ack, a group made again, a server that was rolled back."""
         self.fenced = False
         self._broker = broker
         self._clock = clock
@@ -325,6 +325,7 @@ class Incarnation:
             raise self._lost()
         if state == b"TYPE":
             raise BrokerRefused(f"the key {results[0].decode()!r} holds something that is not Millstream's")
+        self._miss(results.count(0))
         return list(results)
 
     async def schedule(self, partition: int, items: Sequence[Item]) -> None:
@@ -397,7 +398,13 @@ class Incarnation:
         for reply in done:
             if isinstance(reply, ReplyError):
                 raise self.writer.failure(reply, "XACK")
-        self.settle_missing += sum(len(offsets) for _, offsets in acks) - sum(done)
+        self._miss(sum(len(offsets) for _, offsets in acks) - sum(done))
+
+    def _miss(self, outcomes: int) -> None:
+        # A group that was made again delivers anew what we hold, and a claim of that counts as a repeat. When the outcome
+        # came to the server first, and its answer to us last, then that delivery is nobody's: look for it.
+        self.settle_missing += outcomes
+        self._unseen = self._unseen or outcomes > 0
 
     async def _acknowledge_by_script(self, acks: Sequence[tuple[int, Sequence[str]]]) -> None:
         for partition, offsets in acks:
@@ -407,7 +414,7 @@ class Incarnation:
                 state, *done = await self.writer.run(scripts["ack"], keys, (self.place.group, self._nonce, *ids))
                 if state != b"OK":
                     raise self._lost()
-                self.settle_missing += len(ids) - done[0]
+                self._miss(len(ids) - done[0])
 
     async def _answer(self, reading: Answers, block_ms: int) -> list[Any]:
         # The server ends blocked reads every 100 ms only, so what falls due meanwhile would be late: we end them.
@@ -469,10 +476,12 @@ class Incarnation:
         self, script: str, partition: int, keys: Sequence[bytes], args: Sequence[Any]
     ) -> tuple[int, float]:
         # How many entries a script handed out, and when the next one is due.
-        unseen, self._unseen = self._unseen, True  # until the answer is here, it counts as lost
         args = (self.place.group, self.name, self._nonce, *args)
-        state, *answer = await self.writer.run(scripts[script], keys, args)
-        self._unseen = unseen
+        try:
+            state, *answer = await self.writer.run(scripts[script], keys, args)
+        except BaseException:
+            self._unseen = True  # it may have handed them out, and we do not know
+            raise
         if state != b"OK":
             raise self._lost()
         first, _, *rows = answer
