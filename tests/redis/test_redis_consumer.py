@@ -12,10 +12,11 @@ from millstream.brokers.redis.members import CLAIM_AFTER_S
 from millstream.errors import BrokerError, GroupOwned, LeaseLost
 from millstream.stream import Position
 from tests.redis import brokers
-from tests.redis.brokers import records, run_in
+from tests.redis.brokers import opened, records, run_in
 from tests.redis.consuming import (
     LEASE_S,
     MANY,
+    ORDERS,
     WAIT_S,
     alone,
     claimed,
@@ -28,7 +29,7 @@ from tests.redis.consuming import (
     settled,
     soon,
 )
-from tests.redis.raw import DUE, GROUP, LOG, META, NOTE, Raw
+from tests.redis.raw import DUE, GROUP, LOG, META, NOTE, TICK, Raw
 from tests.servers import RedisServer
 
 started = brokers.started
@@ -321,3 +322,24 @@ async def test_figures_of_a_group_add_up(server: RedisServer) -> None:
         assert group.pending + (group.done or 0) + group.dead + group.dropped + (group.lag or 0) == 40
         (stream,) = await broker.admin.streams()
         assert (stream.spec, stream.events, stream.added) == (MANY, 40, 40)
+
+
+async def test_a_member_is_counted_as_long_as_somebody_sweeps(server: RedisServer) -> None:
+    async with opened(server.url, ORDERS, lease="0.5s") as broker:
+        consumer = await joined(broker, lease_s=0.5)
+        await brokers.until(lambda: uptime_s(server) > 3)
+        await consumer.keep()
+        life_of(consumer)._watch_at = float("inf")
+        run_in(server, "SET", TICK, 7_000)  # a small number that nothing else on this server has touched
+        await consumer.keep()
+        (group,) = await broker.admin.groups("orders")
+        assert group.consumers == 1
+        run_in(server, "HINCRBY", META, f"seen:{GROUP}", -2_000)
+        (group,) = await broker.admin.groups("orders")
+        assert group.consumers == 0
+        await consumer.close()
+
+
+def uptime_s(server: RedisServer) -> int:
+    (line,) = (line for line in run_in(server, "INFO", "server").split() if line.startswith(b"uptime_in_seconds:"))
+    return int(line.partition(b":")[2])

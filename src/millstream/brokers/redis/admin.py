@@ -196,11 +196,13 @@ class RedisAdmin:
 
     async def _consumers(self, link: Link, keys: Keys, group: str) -> int:
         # A beat is a tick, not a time, so one look cannot tell a silent member. But as long as anybody lives, the silent
-        # are thrown out; and when nobody does, nobody has touched the counter for a lease.
-        members, idle_s = await link.calls([("ZCARD", keys.live(group)), ("OBJECT", "IDLETIME", keys.tick(group))])
-        lease_s = self._broker.settings.lease_s
-        silent = isinstance(idle_s, int) and idle_s > lease_s + 1  # it counts in whole seconds
-        return 0 if silent else int(_answer(link, members, 0))
+        # are thrown out; and when nobody does, nobody has swept for a lease. (OBJECT IDLETIME would lie: small integers are
+        # shared objects, as old as the server, and nothing is touched while it writes a snapshot.)
+        questions = ("ZCARD", keys.live(group)), ("HGET", keys.meta(0), f"seen:{group}"), ("TIME",)
+        members, seen_ms, now = (_answer(link, reply, None) for reply in await link.calls(questions))
+        lease_ms = self._broker.settings.lease_s * 1000
+        silent = seen_ms and now and int(now[0]) * 1000 - int(seen_ms) > lease_ms + 1000
+        return 0 if silent else int(members or 0)
 
     async def _found(self, letters: Sequence[DeadLetter]) -> list[tuple[DeadLetter, Keys | None, Position]]:
         return [(letter, await self._keys(letter.stream), Position.parse(letter.ref)) for letter in letters]
