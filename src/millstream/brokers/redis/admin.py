@@ -201,7 +201,7 @@ class RedisAdmin:
         questions = ("ZCARD", keys.live(group)), ("HGET", keys.meta(0), f"seen:{group}"), ("TIME",)
         members, seen_ms, now = (_answer(link, reply, None) for reply in await link.calls(questions))
         lease_ms = self._broker.settings.lease_s * 1000
-        silent = seen_ms and now and int(now[0]) * 1000 - int(seen_ms) > lease_ms + 1000
+        silent = seen_ms and now and int(now[0]) * 1000 + int(now[1]) // 1000 - int(seen_ms) > lease_ms + 1000
         return 0 if silent else int(members or 0)
 
     async def _found(self, letters: Sequence[DeadLetter]) -> list[tuple[DeadLetter, Keys | None, Position]]:

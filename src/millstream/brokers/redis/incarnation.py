@@ -70,8 +70,6 @@ class Incarnation:
         """When the first waiting entry of each partition is due, in the server's time."""
         self.full: list[int] = []
         """Partitions that had as many events as the last read asked of each, so they may have more."""
-        self.settle_missing = 0
-        """Outcomes that found nothing: a repeat, a foreign ack, a group made again, a server that was rolled back."""
         self.fenced = False
         self._broker = broker
         self._clock = clock
@@ -401,10 +399,9 @@ class Incarnation:
         self._miss(sum(len(offsets) for _, offsets in acks) - sum(done))
 
     def _miss(self, outcomes: int) -> None:
-        # A group that was made again delivers anew what we hold, and a claim of that counts as a repeat. When the outcome
-        # came to the server first, and its answer to us last, then that delivery is nobody's: look for it.
-        self.settle_missing += outcomes
-        self._unseen = self._unseen or outcomes > 0
+        # A group that was made again delivers what we hold anew, which counts as a repeat. Where the outcome came to the
+        # server before that, and its answer to us after it, that delivery is nobody's: look for it.
+        self._unseen |= outcomes > 0
 
     async def _acknowledge_by_script(self, acks: Sequence[tuple[int, Sequence[str]]]) -> None:
         for partition, offsets in acks:
@@ -442,8 +439,8 @@ class Incarnation:
         self._asked = max(1, min(limit, MAX_REPLY_BYTES // self._largest_bytes) // len(partitions))
         block = ("BLOCK", block_ms) if block_ms > 0 else ()
         logs = [self.place.at[partition].log for partition in partitions]
-        head = ("XREADGROUP", "GROUP", self.place.group, self.name, "COUNT", self._asked, *block, "STREAMS")
-        return pack(*head, *logs, *[">"] * len(logs)) + pack("GET", self._fence)
+        count = ("COUNT", self._asked, *block, "STREAMS", *logs, *[">"] * len(logs))
+        return pack("XREADGROUP", "GROUP", self.place.group, self.name, *count) + pack("GET", self._fence)
 
     def _claim(self, found: Sequence[Any]) -> None:
         add, read, largest = self.surplus.append, entry.read, self._largest_bytes
@@ -476,9 +473,9 @@ class Incarnation:
         self, script: str, partition: int, keys: Sequence[bytes], args: Sequence[Any]
     ) -> tuple[int, float]:
         # How many entries a script handed out, and when the next one is due.
-        args = (self.place.group, self.name, self._nonce, *args)
         try:
-            state, *answer = await self.writer.run(scripts[script], keys, args)
+            who = self.place.group, self.name, self._nonce
+            state, *answer = await self.writer.run(scripts[script], keys, (*who, *args))
         except BaseException:
             self._unseen = True  # it may have handed them out, and we do not know
             raise
@@ -496,8 +493,7 @@ class Incarnation:
 
 def _vanished(reply: Exception) -> Exception:
     # Redis 7.0 says UNBLOCKED when the stream or the group goes away under a blocked read, later ones say NOGROUP.
-    gone = str(reply).startswith("UNBLOCKED the stream")
-    return ReplyError(f"NOGROUP {reply}") if gone else reply
+    return ReplyError(f"NOGROUP {reply}") if str(reply).startswith("UNBLOCKED the stream") else reply
 
 
 def _first_error(replies: Sequence[Any], otherwise: Exception) -> Exception:
