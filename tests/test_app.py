@@ -10,7 +10,7 @@ import pytest
 
 from millstream import App, BadSetting, Envelope, Event, GroupOwned, MillstreamError, Settings, Stream
 from millstream.brokers.base import Record
-from millstream.brokers.memory import MemoryBroker
+from millstream.brokers.memory.broker import MemoryBroker
 from tests.worker.place import at_work, until
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from millstream.brokers.base import Position, Stored, Traits
-from millstream.brokers.memory import MemoryBroker
+from millstream.brokers.memory.broker import MemoryBroker
 from millstream.settings import Settings
 from millstream.testing.clock import VirtualClock
 from millstream.testing.conformance import Conformance, Place

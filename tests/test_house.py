@@ -85,7 +85,7 @@ def test_every_module_of_the_source_is_read() -> None:
         ("cli/show.py", "def show():\n    from millstream.app import App", "may not import our modules late"),
         ("worker/call.py", "def call():\n    import millstream.units", "may not import our modules late"),
         ("worker/call.py", "from millstream.brokers.redis.link import Link", "inside of brokers.redis"),
-        ("brokers/memory.py", "from millstream.brokers.sqlite import writer", "inside of brokers.sqlite"),
+        ("brokers/memory/broker.py", "from millstream.brokers.sqlite import writer", "inside of brokers.sqlite"),
         ("brokers/sqlite/broker.py", "from ..redis import keys", "inside of brokers.redis"),
         ("brokers/urls.py", "from millstream.brokers.redis.link import Link", "inside of brokers.redis"),
         ("app.py", "import click", "click belongs to cli"),
@@ -108,7 +108,10 @@ def test_a_forbidden_import_is_found(tmp_path: Path, file: str, text: str, compl
 @pytest.mark.parametrize(
     ("file", "text"),
     [
-        ("brokers/memory.py", "from millstream.brokers.base import Broker\nfrom millstream.wire.entry import Record"),
+        (
+            "brokers/memory/broker.py",
+            "from millstream.brokers.base import Broker\nfrom millstream.wire.entry import Record",
+        ),
         ("brokers/redis/broker.py", "from millstream.brokers.redis.link import Link\nfrom . import keys"),
         ("brokers/urls.py", "def pick():\n    from millstream.brokers.redis.broker import RedisBroker"),
         ("cli/main.py", "import click\ndef command():\n    from millstream.cli.run import run"),

@@ -21,7 +21,7 @@ from millstream.brokers.base import (
     StreamSpec,
     Subscription,
 )
-from millstream.brokers.memory import MemoryBroker
+from millstream.brokers.memory.broker import MemoryBroker
 from millstream.errors import BrokerRefused, NotSupported
 from millstream.settings import Settings
 from millstream.telemetry import Telemetry
@@ -77,7 +77,7 @@ async def test_a_group_without_members_is_not_quiet_while_it_has_events() -> Non
 
 
 async def test_no_more_dead_letters_than_the_limit_are_kept_of_a_partition(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("millstream.brokers.memory.MAX_DEAD", 2)
+    monkeypatch.setattr("millstream.brokers.memory.group.MAX_DEAD", 2)
     broker, _ = await opened()
     consumer = await joined(broker)
     await broker.append("orders", [*(record(0) for _ in range(4)), record(1)])

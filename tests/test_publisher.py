@@ -11,7 +11,7 @@ import pytest
 
 from millstream import App, BadEvent, Envelope, Event, MillstreamError, Stream, TooLarge, Unconfirmed, Unroutable
 from millstream.brokers.base import Confirm, Position, Record
-from millstream.brokers.memory import MemoryBroker
+from millstream.brokers.memory.broker import MemoryBroker
 from millstream.errors import BrokerDown, BrokerFull, BrokerRefused
 from millstream.wire.partition import partition_of
 

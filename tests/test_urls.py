@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from millstream.brokers.memory import MemoryBroker
+from millstream.brokers.memory.broker import MemoryBroker
 from millstream.brokers.urls import ENTRY_POINTS, broker_for, mask
 from millstream.clock import Clock
 from millstream.errors import BadSetting

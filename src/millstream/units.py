@@ -25,6 +25,7 @@ MAX_CONCURRENCY = 10_000  # a lane is a task of about 2 KB
 MAX_BATCH = 10_000  # a batch is held in memory and settled in pieces of 1,000
 MAX_POSTPONED = 1_000  # `RetryLater` uses no attempt, so something else must end a loop
 MAX_DEAD = 100_000  # dead letters of one group and partition; past it, events wait instead of piling up
+MAX_PARKED = 100_000  # events of one group that wait behind a failed one of their key; past it, their partition waits
 DEAD_FULL_S = 300.0  # how long such an event waits before it is tried again: never a loop, and never lost
 MAX_APPEND_RECORDS = 1_000  # records in one write: more gains nothing, and a lost reply puts them all in doubt
 MAX_APPEND_BYTES = 4_194_304  # bytes in one write, for the same reason

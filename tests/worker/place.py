@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from millstream import App, Event, Settings, Stream
 from millstream.brokers.base import Claim, Consumer, Kept, Position, Settlement, Subscription
-from millstream.brokers.memory import MemoryBroker
+from millstream.brokers.memory.broker import MemoryBroker
 from millstream.clock import Clock
 from millstream.worker.process import Process
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from millstream import App, Batch, Retry
 from millstream.brokers.base import Claim, Record, StreamSpec, Subscription
-from millstream.brokers.memory import MemoryBroker
+from millstream.brokers.memory.broker import MemoryBroker
 from millstream.testing.clock import VirtualClock
 from millstream.worker.lanes import Gate
 from tests.worker.place import Base, Faulty, Placed, app_of, at_work, memory, orders, payments, settled, until

@@ -15,7 +15,7 @@ from typing import Literal, Protocol, TypeAlias
 
 from msgspec import Struct
 
-from millstream.errors import GroupOwned, StreamMismatch
+from millstream.errors import GroupOwned, NotSupported, StreamMismatch
 from millstream.stream import Position
 from millstream.wire.entry import Record
 
@@ -45,6 +45,7 @@ __all__ = [
     "Subscription",
     "Traits",
     "check_declared",
+    "check_mode",
     "check_owner",
 ]
 
@@ -75,6 +76,8 @@ class Claim(Struct, frozen=True, gc=False):
     """How often `RetryLater` put it off; these are not attempts."""
     fault: str = ""
     """Not empty: the entry is no event, and why. Its record has an empty type, and a preview as its data."""
+    token: int = 0
+    """In the order of keys: the epoch of the partition's lease. It grows with every owner. 0 without order."""
 
 
 class Done(Struct, frozen=True, gc=False):
@@ -378,6 +381,16 @@ def check_owner(stream: str, group: str, owner: str, ours: str) -> None:
         raise GroupOwned(
             f"group {group!r} of stream {stream!r} belongs to the app {owner!r}, not to {ours!r}: use another name, or run "
             f"`millstream group adopt {group}`"
+        )
+
+
+def check_mode(stream: str, group: str, ordered: bool, ours: bool) -> None:
+    """Raise `NotSupported` when the group consumes in the other way."""
+    if ordered != ours:
+        how = {True: "in the order of keys", False: "without order"}
+        raise NotSupported(
+            f"group {group!r} of stream {stream!r} consumes {how[ordered]}, and this app asks for {how[ours]}: "
+            f"write order={'key' if ordered else 'none'!r} at its subscribers, or use another name"
         )
 
 

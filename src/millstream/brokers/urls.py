@@ -46,7 +46,7 @@ def _factory(scheme: str, url: str) -> Factory:
 
             return RedisBroker
         case "memory":
-            from millstream.brokers.memory import MemoryBroker
+            from millstream.brokers.memory.broker import MemoryBroker
 
             return MemoryBroker
     for found in entry_points(group=ENTRY_POINTS, name=scheme):

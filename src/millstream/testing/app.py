@@ -24,7 +24,7 @@ from typing import Any, Self, TypeVar, overload
 import msgspec
 
 from millstream.app import App
-from millstream.brokers.memory import MemoryBroker
+from millstream.brokers.memory.broker import MemoryBroker
 from millstream.clock import Clock
 from millstream.delivery import Delivery, Envelope
 from millstream.errors import MillstreamError, WireError

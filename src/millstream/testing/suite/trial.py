@@ -18,6 +18,7 @@ from millstream.brokers.base import (
     Consumer,
     Done,
     GroupInfo,
+    Kept,
     Outcome,
     Output,
     Position,
@@ -74,6 +75,7 @@ class Trial:
         self.consumers: list[Consumer] = []
         self._tasks = tasks
         self._beats: dict[int, asyncio.Task[None]] = {}
+        self._heard: dict[int, Kept] = {}
         self._issued = 0
 
     @property
@@ -101,9 +103,10 @@ class Trial:
         start: Start = "beginning",
         owner: str = "shop",
         broker: Broker | None = None,
+        order: bool = False,
     ) -> Consumer:
         """A member of a group, kept alive until the test's end or `silence`."""
-        subscription = Subscription(stream, group, owner, start, self.place.lease_s)
+        subscription = Subscription(stream, group, owner, start, self.place.lease_s, order)
         consumer = await (broker or self.broker).subscribe(subscription)
         self.consumers.append(consumer)
         self.revive(consumer)
@@ -124,9 +127,11 @@ class Trial:
         data = b'{"n":%d}' % self._issued if data is None else data
         return Record(partition, self.clock.new_id(), "order.placed", data, key, source="shop")
 
-    async def publish(self, count: int = 1, *, stream: StreamSpec = ORDERS, partition: int = 0) -> list[Position]:
+    async def publish(
+        self, count: int = 1, *, stream: StreamSpec = ORDERS, partition: int = 0, key: str | None = None
+    ) -> list[Position]:
         """Append so many new events."""
-        return await self.broker.append(stream.name, [self.record(partition=partition) for _ in range(count)])
+        return await self.broker.append(stream.name, [self.record(partition=partition, key=key) for _ in range(count)])
 
     async def claims(self, consumer: Consumer, count: int, *, within_s: float = PATIENCE_S) -> list[Claim]:
         """Exactly so many claims, in the order in which they came."""
@@ -170,9 +175,14 @@ class Trial:
         for _ in range(count):
             await self.clock.sleep(0)
 
+    def heard(self, consumer: Consumer) -> Kept:
+        """What its heartbeats have told it since the last call."""
+        return self._heard.pop(id(consumer), Kept())
+
     async def _beat(self, consumer: Consumer) -> None:
         while True:  # from `consumer` on, until it is silenced or the test ends
-            await consumer.keep()
+            kept, before = await consumer.keep(), self.heard(consumer)
+            self._heard[id(consumer)] = Kept(before.lost | kept.lost, before.drain | kept.drain)
             await self.clock.sleep(self.place.lease_s / 4)
 
     async def _end(self) -> None:

@@ -13,26 +13,17 @@ All time comes from the clock, so the whole of it runs under virtual time.
 
 from __future__ import annotations
 
-import asyncio
-from bisect import bisect_left
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from heapq import heappop, heappush
 from itertools import groupby, islice
-
-from msgspec.structs import replace
 
 from millstream.brokers.base import (
     Claim,
     Confirm,
     Dead,
     DeadLetter,
-    Done,
     GroupInfo,
     Kept,
     Later,
-    Outcome,
     PendingInfo,
     Position,
     Record,
@@ -44,13 +35,18 @@ from millstream.brokers.base import (
     Subscription,
     Traits,
     check_declared,
+    check_mode,
     check_owner,
 )
+from millstream.brokers.memory.group import Group, Member
+from millstream.brokers.memory.log import Log
+from millstream.brokers.memory.ordered import MemoryLedger, OrderedGroup
+from millstream.brokers.ordered import OrderedConsumer
 from millstream.clock import Clock
 from millstream.errors import BrokerRefused, LeaseLost, NotSupported
 from millstream.settings import Settings
 from millstream.telemetry import Telemetry
-from millstream.units import DEAD_FULL_S, MAX_DEAD, MAX_ERROR_CHARS
+from millstream.units import DEAD_FULL_S
 
 LEAST_WAIT_S = 0.001  # due times are whole milliseconds: a shorter wait would spin until the next one
 
@@ -58,13 +54,14 @@ LEAST_WAIT_S = 0.001  # due times are whole milliseconds: a shorter wait would s
 class MemoryBroker:
     """Keeps everything in this process, without a bound, for as long as this object lives."""
 
-    traits = Traits(order=False, delayed=False, atomic_outputs=True, confirms=frozenset({"memory"}), shared=False)
+    traits = Traits(order=True, delayed=False, atomic_outputs=True, confirms=frozenset({"memory"}), shared=False)
 
     def __init__(self, url: str, settings: Settings, clock: Clock, telemetry: Telemetry) -> None:
         self.url = url
         self.admin = MemoryAdmin(self)
         self.clock = clock
-        self.logs: dict[str, _Log] = {}
+        self.logs: dict[str, Log] = {}
+        self._telemetry = telemetry
 
     async def open(self) -> None:
         """Nothing to connect to."""
@@ -74,7 +71,7 @@ class MemoryBroker:
 
     async def declare(self, stream: StreamSpec) -> None:
         """Create the stream, or compare it with what is recorded."""
-        check_declared(self.logs.setdefault(stream.name, _Log(stream)).spec, stream, self.url)
+        check_declared(self.logs.setdefault(stream.name, Log(stream)).spec, stream, self.url)
 
     async def append(self, stream: str, records: Sequence[Record], confirm: Confirm = "memory") -> list[Position]:
         """Store the records: all or, when it raises, none."""
@@ -102,15 +99,22 @@ class MemoryBroker:
             if not await self.clock.wait(log.changed, max(0, until - self.clock.monotonic())):
                 return
 
-    async def subscribe(self, subscription: Subscription) -> MemoryConsumer:
+    async def subscribe(self, subscription: Subscription) -> MemoryConsumer | OrderedConsumer:
         """Join a group, which is made if it is new."""
-        if subscription.order:
-            raise NotSupported(f"{self.url} cannot consume in the order of keys")
         await self.declare(subscription.stream)
         log, name, owner = self.logs[subscription.stream.name], subscription.group, subscription.owner
-        group = log.groups.setdefault(name, _Group(log, name, owner, log.find(subscription.start)))
+        make = OrderedGroup if subscription.order else Group
+        group = log.groups.setdefault(name, make(log, name, owner, log.find(subscription.start)))
         check_owner(log.spec.name, name, group.owner, owner)
-        return MemoryConsumer(self, group, subscription.lease_s)
+        check_mode(log.spec.name, name, isinstance(group, OrderedGroup), subscription.order)
+        if isinstance(group, Group):
+            return MemoryConsumer(self, group, subscription.lease_s)
+        ordered = group
+        consumer = OrderedConsumer(
+            lambda: MemoryLedger(self, ordered, subscription), subscription, self.clock, self._telemetry
+        )
+        await consumer.enter()
+        return consumer
 
     def quiet(self) -> bool:
         """True when nothing can happen before time passes or an event is published.
@@ -122,10 +126,10 @@ class MemoryBroker:
 
     def next_due_ms(self) -> int | None:
         """When the first waiting event of all groups is due, possibly in the past; None when none waits."""
-        waiting = (group.due for log in self.logs.values() for group in log.groups.values() if group.due)
-        return min((due[0][0] for due in waiting), default=None)
+        due = (group.next_due_ms() for log in self.logs.values() for group in log.groups.values())
+        return min((due_ms for due_ms in due if due_ms is not None), default=None)
 
-    def log(self, stream: str) -> _Log:
+    def log(self, stream: str) -> Log:
         """A declared stream's log. Raises `BrokerRefused` for any other."""
         if stream not in self.logs:
             raise BrokerRefused(f"no stream {stream!r} is declared on {self.url}")
@@ -145,7 +149,7 @@ class MemoryBroker:
 class MemoryConsumer:
     """One member of a group. When it was found silent, `keep` tells it so, and it claims nothing before."""
 
-    def __init__(self, broker: MemoryBroker, group: _Group, lease_s: float) -> None:
+    def __init__(self, broker: MemoryBroker, group: Group, lease_s: float) -> None:
         self._broker = broker
         self._clock = broker.clock
         self._group = group
@@ -200,8 +204,8 @@ class MemoryConsumer:
         self._group.members.pop(self._member.name, None)
         self._member.present = False
 
-    def _enter(self) -> _Member:
-        member = _Member(f"ms.{self._clock.nonce()}", self._lease_s, self._clock.monotonic())
+    def _enter(self) -> Member:
+        member = Member(f"ms.{self._clock.nonce()}", self._lease_s, self._clock.monotonic())
         self._group.members[member.name] = member
         return member
 
@@ -247,7 +251,7 @@ class MemoryAdmin:
     async def pending(self, stream: str, group: str, limit: int) -> list[PendingInfo]:
         """The oldest pending events of each partition."""
         found = self._group(stream, group)
-        infos = [pending.info() for pending in found.pending.values()] if found else []
+        infos = found.pending_infos() if found else []
         infos.sort(key=lambda info: (info.position.partition, _ordinal(info.position)))
         partitions = groupby(infos, key=lambda info: info.position.partition)
         return [info for _, oldest in partitions for info in islice(oldest, limit)]
@@ -277,215 +281,9 @@ class MemoryAdmin:
         group = self._group(letter.stream, letter.group)
         return group is not None and group.take_letter(letter.ref, replay)
 
-    def _group(self, stream: str, group: str) -> _Group | None:
+    def _group(self, stream: str, group: str) -> Group | OrderedGroup | None:
         log = self._broker.logs.get(stream)
         return log.groups.get(group) if log else None
-
-
-class _Log:
-    """A stream: per partition a list of events, and when each was stored. An offset is the ordinal, from 1."""
-
-    def __init__(self, spec: StreamSpec) -> None:
-        self.spec = spec
-        self.groups: dict[str, _Group] = {}
-        self.changed = asyncio.Event()
-        self._events: list[list[Stored]] = [[] for _ in range(spec.partitions)]
-        self._stored_ms: list[list[int]] = [[] for _ in range(spec.partitions)]
-        self._bytes = 0
-
-    def partition(self, number: int) -> list[Stored]:
-        if not 0 <= number < self.spec.partitions:
-            raise BrokerRefused(f"stream {self.spec.name!r} has {self.spec.partitions} partitions, none is {number}")
-        return self._events[number]
-
-    def append(self, record: Record, now_ms: int) -> Position:
-        events, stored_ms = self._events[record.partition], self._stored_ms[record.partition]
-        position = Position(record.partition, str(len(events) + 1))
-        events.append(Stored(position, replace(record, time_ms=record.time_ms or now_ms)))
-        stored_ms.append(max(now_ms, stored_ms[-1]) if stored_ms else now_ms)  # never back, so that it can be searched
-        self._bytes += len(record.data) + len(record.headers)
-        self.wake()
-        return position
-
-    def find(self, start: Start) -> list[int]:
-        """How many events of each partition lie before the start."""
-        if isinstance(start, int):
-            return [bisect_left(stored_ms, start) for stored_ms in self._stored_ms]
-        return [len(events) if start == "now" else 0 for events in self._events]
-
-    def wake(self) -> None:
-        """Let all that wait look again."""
-        self.changed.set()
-        self.changed = asyncio.Event()
-
-    def info(self) -> StreamInfo:
-        count = sum(map(len, self._events))
-        first_ms = min((times[0] for times in self._stored_ms if times), default=None)
-        last_ms = max((times[-1] for times in self._stored_ms if times), default=None)
-        return StreamInfo(self.spec, count, count, self._bytes, first_ms, last_ms)
-
-
-@dataclass(slots=True, eq=False)
-class _Member:
-    """One life of a consumer: from its entry until it leaves or is found silent."""
-
-    name: str
-    lease_s: float
-    beat_s: float
-    held: dict[Position, None] = field(default_factory=dict)
-    present: bool = True
-
-    def silent(self, now_s: float) -> bool:
-        return now_s - self.beat_s >= self.lease_s
-
-
-@dataclass(slots=True, eq=False)
-class _Pending:
-    """An event delivered and not settled: held by a present member, or waiting. See `Claim` for the numbers."""
-
-    stored: Stored
-    attempt: int = 0
-    suspect: int = 0
-    postponed: int = 0
-    started: bool = False
-    holder: _Member | None = None
-    due_ms: int = 0
-
-    def info(self) -> PendingInfo:
-        name, due_ms = (self.holder.name, None) if self.holder else ("", self.due_ms)
-        return PendingInfo(self.stored.position, name, self.attempt, due_ms)
-
-
-class _Group:
-    """A group's whole state. Every pending event either has a holder, or lies in `due`."""
-
-    def __init__(self, log: _Log, name: str, owner: str, cursor: list[int]) -> None:
-        self.log = log
-        self.name = name
-        self.owner = owner
-        self.cursor = cursor
-        self.pending: dict[Position, _Pending] = {}
-        self.due: list[tuple[int, int, _Pending]] = []  # a heap: due time, who came first, what
-        self.members: dict[str, _Member] = {}
-        self.dead: dict[str, DeadLetter] = {}
-        self.count: Counter[str] = Counter()
-
-    def claim(self, member: _Member, limit: int, now_ms: int) -> list[Claim]:
-        """Up to `limit` events for a member: those due again, then new ones."""
-        if not member.present:
-            return []
-        claims: list[Claim] = []
-        while self.due and self.due[0][0] <= now_ms and len(claims) < limit:
-            claims.append(self._hold(member, heappop(self.due)[2]))
-        # Each call begins one partition further, or a busy first one would starve the others.
-        self.count["turn"] += 1
-        for step in range(len(self.cursor)):
-            partition = (self.count["turn"] + step) % len(self.cursor)
-            begin = self.cursor[partition]
-            fresh = self.log.partition(partition)[begin : begin + limit - len(claims)]
-            self.cursor[partition] += len(fresh)
-            claims += [self._hold(member, _Pending(stored)) for stored in fresh]
-        return claims
-
-    def held(self, member: _Member, position: Position) -> _Pending | None:
-        """The pending event at this position, if the member holds it."""
-        return self.pending[position] if member.present and position in member.held else None
-
-    def full(self, partition: int) -> bool:
-        """True when there is no room for a dead letter of this partition."""
-        if len(self.dead) < MAX_DEAD:
-            return False
-        return sum(letter.stored.position.partition == partition for letter in self.dead.values()) >= MAX_DEAD
-
-    def settle(self, pending: _Pending, outcome: Outcome, now_ms: int) -> None:
-        """Turn a held event into a finished one, one that waits, or a dead letter."""
-        pending.suspect = 0  # its process survived it
-        match outcome:
-            case Done():
-                self._let_go(pending, forget=True)
-                self.count["done"] += 1
-            case Later(at_ms=at_ms, counted=counted):
-                pending.attempt -= not counted
-                pending.postponed += not counted
-                self.count["retried"] += counted
-                self._wait(pending, at_ms)
-            case Dead(reason=reason, error=error):
-                self._let_go(pending, forget=True)
-                self.count["buried"] += 1
-                ref = f"{self.count['buried']:012}"
-                what = (self.log.spec.name, self.name, pending.stored, reason, error[:MAX_ERROR_CHARS])
-                self.dead[ref] = DeadLetter(*what, pending.attempt, now_ms, ref)
-
-    def hand_back(self, member: _Member, partitions: frozenset[int]) -> None:
-        """Let what a member holds of these partitions wait, due at once, as if it had not been claimed."""
-        for position in [position for position in member.held if position.partition in partitions]:
-            self.pending[position].attempt -= 1
-            self._wait(self.pending[position], 0)
-
-    def evict_silent(self, judge: _Member, now_s: float) -> None:
-        """Take away what silent members hold: the attempt stays counted, and it is suspect from now on.
-
-        One who was silent itself judges nobody: after a pause of the whole process all look alike.
-        """
-        if judge.silent(now_s):
-            return
-        for member in [member for member in self.members.values() if member.silent(now_s)]:
-            taken = dict(member.held)
-            for pending in [self.pending[position] for position in taken]:
-                if pending.suspect == 0:
-                    pending.suspect = 2 if len(taken) == 1 else 1
-                elif pending.started:
-                    pending.suspect += 1
-                self._wait(pending, 0)
-            member.held, member.present = taken, False  # which `keep` will tell it
-            del self.members[member.name]
-
-    def take_letter(self, ref: str, replay: bool) -> bool:
-        """Remove a dead letter, to forget it or to let its event wait as a new one; False when it is gone."""
-        letter = self.dead.pop(ref, None)
-        if letter is None:
-            return False
-        self.count["replayed" if replay else "dropped"] += 1
-        if replay:
-            pending = self.pending[letter.stored.position] = _Pending(letter.stored)
-            self._wait(pending, 0)
-        return True
-
-    def quiet(self, now_ms: int) -> bool:
-        due = bool(self.due) and self.due[0][0] <= now_ms
-        return not due and len(self.pending) == len(self.due) and self._lag() == 0
-
-    def info(self, now_s: float) -> GroupInfo:
-        names = (self.log.spec.name, self.name, self.owner)
-        members = sum(not member.silent(now_s) for member in self.members.values())
-        now = (members, self._lag(), len(self.pending), len(self.due), len(self.dead))
-        return GroupInfo(*names, *now, *(self.count[name] for name in ("done", "retried", "replayed", "dropped")))
-
-    def _hold(self, member: _Member, pending: _Pending) -> Claim:
-        position = pending.stored.position
-        self.pending[position] = pending
-        member.held[position] = None
-        pending.holder = member
-        pending.attempt += 1
-        return Claim(pending.stored, pending.attempt, pending.suspect, pending.postponed)
-
-    def _wait(self, pending: _Pending, due_ms: int) -> None:
-        self._let_go(pending)
-        pending.due_ms = due_ms
-        pending.started = False
-        self.count["waited"] += 1
-        heappush(self.due, (due_ms, self.count["waited"], pending))
-        self.log.wake()
-
-    def _let_go(self, pending: _Pending, forget: bool = False) -> None:
-        if pending.holder is not None:
-            del pending.holder.held[pending.stored.position]
-            pending.holder = None
-        if forget:
-            del self.pending[pending.stored.position]
-
-    def _lag(self) -> int:
-        return sum(len(self.log.partition(p)) - cursor for p, cursor in enumerate(self.cursor))
 
 
 def _ordinal(position: Position | None) -> int:

@@ -1,0 +1,200 @@
+"""Groups of the memory broker that consume without order."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING
+
+from millstream.brokers.base import (
+    Claim,
+    Dead,
+    DeadLetter,
+    Done,
+    GroupInfo,
+    Later,
+    Outcome,
+    PendingInfo,
+    Position,
+    Stored,
+)
+from millstream.units import MAX_DEAD, MAX_ERROR_CHARS
+
+if TYPE_CHECKING:
+    from millstream.brokers.memory.log import Log
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """One life of a consumer: from its entry until it leaves or is found silent."""
+
+    name: str
+    lease_s: float
+    beat_s: float
+    held: dict[Position, None] = field(default_factory=dict)
+    present: bool = True
+
+    def silent(self, now_s: float) -> bool:
+        """True when it has not beaten for a lease."""
+        return now_s - self.beat_s >= self.lease_s
+
+
+@dataclass(slots=True, eq=False)
+class Pending:
+    """An event delivered and not settled: held by a present member, or waiting. See `Claim` for the numbers."""
+
+    stored: Stored
+    attempt: int = 0
+    suspect: int = 0
+    postponed: int = 0
+    started: bool = False
+    holder: Member | None = None
+    due_ms: int = 0
+
+    def info(self) -> PendingInfo:
+        """For people."""
+        name, due_ms = (self.holder.name, None) if self.holder else ("", self.due_ms)
+        return PendingInfo(self.stored.position, name, self.attempt, due_ms)
+
+
+class Group:
+    """A group's whole state. Every pending event either has a holder, or lies in `due`."""
+
+    def __init__(self, log: Log, name: str, owner: str, cursor: list[int]) -> None:
+        self.log = log
+        self.name = name
+        self.owner = owner
+        self.cursor = cursor
+        self.pending: dict[Position, Pending] = {}
+        self.due: list[tuple[int, int, Pending]] = []  # a heap: due time, who came first, what
+        self.members: dict[str, Member] = {}
+        self.dead: dict[str, DeadLetter] = {}
+        self.count: Counter[str] = Counter()
+
+    def claim(self, member: Member, limit: int, now_ms: int) -> list[Claim]:
+        """Up to `limit` events for a member: those due again, then new ones."""
+        if not member.present:
+            return []
+        claims: list[Claim] = []
+        while self.due and self.due[0][0] <= now_ms and len(claims) < limit:
+            claims.append(self._hold(member, heappop(self.due)[2]))
+        # Each call begins one partition further, or a busy first one would starve the others.
+        self.count["turn"] += 1
+        for step in range(len(self.cursor)):
+            partition = (self.count["turn"] + step) % len(self.cursor)
+            begin = self.cursor[partition]
+            fresh = self.log.partition(partition)[begin : begin + limit - len(claims)]
+            self.cursor[partition] += len(fresh)
+            claims += [self._hold(member, Pending(stored)) for stored in fresh]
+        return claims
+
+    def held(self, member: Member, position: Position) -> Pending | None:
+        """The pending event at this position, if the member holds it."""
+        return self.pending[position] if member.present and position in member.held else None
+
+    def full(self, partition: int) -> bool:
+        """True when there is no room for a dead letter of this partition."""
+        if len(self.dead) < MAX_DEAD:
+            return False
+        return sum(letter.stored.position.partition == partition for letter in self.dead.values()) >= MAX_DEAD
+
+    def settle(self, pending: Pending, outcome: Outcome, now_ms: int) -> None:
+        """Turn a held event into a finished one, one that waits, or a dead letter."""
+        pending.suspect = 0  # its process survived it
+        match outcome:
+            case Done():
+                self._let_go(pending, forget=True)
+                self.count["done"] += 1
+            case Later(at_ms=at_ms, counted=counted):
+                pending.attempt -= not counted
+                pending.postponed += not counted
+                self.count["retried"] += counted
+                self._wait(pending, at_ms)
+            case Dead(reason=reason, error=error):
+                self._let_go(pending, forget=True)
+                self.count["buried"] += 1
+                ref = f"{self.count['buried']:012}"
+                what = (self.log.spec.name, self.name, pending.stored, reason, error[:MAX_ERROR_CHARS])
+                self.dead[ref] = DeadLetter(*what, pending.attempt, now_ms, ref)
+
+    def hand_back(self, member: Member, partitions: frozenset[int]) -> None:
+        """Let what a member holds of these partitions wait, due at once, as if it had not been claimed."""
+        for position in [position for position in member.held if position.partition in partitions]:
+            self.pending[position].attempt -= 1
+            self._wait(self.pending[position], 0)
+
+    def evict_silent(self, judge: Member, now_s: float) -> None:
+        """Take away what silent members hold: the attempt stays counted, and it is suspect from now on.
+
+        One who was silent itself judges nobody: after a pause of the whole process all look alike.
+        """
+        if judge.silent(now_s):
+            return
+        for member in [member for member in self.members.values() if member.silent(now_s)]:
+            taken = dict(member.held)
+            for pending in [self.pending[position] for position in taken]:
+                if pending.suspect == 0:
+                    pending.suspect = 2 if len(taken) == 1 else 1
+                elif pending.started:
+                    pending.suspect += 1
+                self._wait(pending, 0)
+            member.held, member.present = taken, False  # which `keep` will tell it
+            del self.members[member.name]
+
+    def take_letter(self, ref: str, replay: bool) -> bool:
+        """Remove a dead letter, to forget it or to let its event wait as a new one; False when it is gone."""
+        letter = self.dead.pop(ref, None)
+        if letter is None:
+            return False
+        self.count["replayed" if replay else "dropped"] += 1
+        if replay:
+            pending = self.pending[letter.stored.position] = Pending(letter.stored)
+            self._wait(pending, 0)
+        return True
+
+    def quiet(self, now_ms: int) -> bool:
+        """True when nothing can happen before time passes or an event is published."""
+        due = bool(self.due) and self.due[0][0] <= now_ms
+        return not due and len(self.pending) == len(self.due) and self._lag() == 0
+
+    def next_due_ms(self) -> int | None:
+        """When the first waiting event is due, possibly in the past."""
+        return self.due[0][0] if self.due else None
+
+    def pending_infos(self) -> list[PendingInfo]:
+        """What is held, or waits."""
+        return [pending.info() for pending in self.pending.values()]
+
+    def info(self, now_s: float) -> GroupInfo:
+        """The group as it is now."""
+        names = (self.log.spec.name, self.name, self.owner)
+        members = sum(not member.silent(now_s) for member in self.members.values())
+        now = (members, self._lag(), len(self.pending), len(self.due), len(self.dead))
+        return GroupInfo(*names, *now, *(self.count[name] for name in ("done", "retried", "replayed", "dropped")))
+
+    def _hold(self, member: Member, pending: Pending) -> Claim:
+        position = pending.stored.position
+        self.pending[position] = pending
+        member.held[position] = None
+        pending.holder = member
+        pending.attempt += 1
+        return Claim(pending.stored, pending.attempt, pending.suspect, pending.postponed)
+
+    def _wait(self, pending: Pending, due_ms: int) -> None:
+        self._let_go(pending)
+        pending.due_ms = due_ms
+        pending.started = False
+        self.count["waited"] += 1
+        heappush(self.due, (due_ms, self.count["waited"], pending))
+        self.log.wake()
+
+    def _let_go(self, pending: Pending, forget: bool = False) -> None:
+        if pending.holder is not None:
+            del pending.holder.held[pending.stored.position]
+            pending.holder = None
+        if forget:
+            del self.pending[pending.stored.position]
+
+    def _lag(self) -> int:
+        return sum(len(self.log.partition(p)) - cursor for p, cursor in enumerate(self.cursor))

@@ -1,0 +1,333 @@
+"""Groups of the memory broker that consume in the order of keys: the shortest correct ledger, and the model for others."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from millstream.brokers.base import Claim, DeadLetter, GroupInfo, Output, PendingInfo, Stored, Subscription
+from millstream.brokers.ledger import (
+    Bury,
+    Commit,
+    Committed,
+    Cursor,
+    Delay,
+    Effect,
+    Grant,
+    Head,
+    Heads,
+    Lease,
+    Park,
+    Pop,
+    State,
+    View,
+)
+from millstream.units import MAX_DEAD, MAX_ERROR_CHARS
+
+if TYPE_CHECKING:
+    from millstream.brokers.memory.broker import MemoryBroker
+    from millstream.brokers.memory.log import Log
+
+_NEVER = float("inf")
+
+
+@dataclass(slots=True, eq=False)
+class _Queue:
+    """What is parked of one key. The figures are those of its first event."""
+
+    due_ms: float
+    events: deque[Stored] = field(default_factory=deque)
+    attempts: int = 0
+    postponed: int = 0
+    crashes: int = 0
+    started: bool = False
+    error: str = ""
+
+    def next(self) -> None:
+        self.events.popleft()
+        self.attempts = self.postponed = self.crashes = 0
+        self.started, self.error, self.due_ms = False, "", 0.0
+
+    def ended(self, due_ms: float, attempts: int, postponed: int, error: str) -> None:
+        """The head has come to an end that is not its last: it did not kill its process."""
+        self.due_ms, self.attempts, self.postponed, self.error = due_ms, attempts, postponed, error
+        self.crashes, self.started = 0, False
+
+
+@dataclass(slots=True, eq=False)
+class _Note:
+    """Of an event that a crash left behind."""
+
+    crashes: int = 0
+    started: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Part:
+    """A partition's share of a group."""
+
+    w: int
+    owner: str = ""
+    epoch: int = 0
+    seq: int = 0
+    h: str = ""
+    open: frozenset[str] = frozenset()
+    clean: bool = True
+    want: str = ""
+    next: str = ""
+    parked: dict[str, _Queue] = field(default_factory=dict)
+    notes: dict[str, _Note] = field(default_factory=dict)
+    answer: Committed = field(default_factory=lambda: Committed(State.STORED))
+
+    def due_ms(self) -> float:
+        return min((queue.due_ms for queue in self.parked.values()), default=_NEVER)
+
+    def events_parked(self) -> int:
+        return sum(len(queue.events) for queue in self.parked.values())
+
+
+class OrderedGroup:
+    """A group's whole state."""
+
+    def __init__(self, log: Log, name: str, owner: str, begin: Sequence[int]) -> None:
+        self.log = log
+        self.name = name
+        self.owner = owner
+        self.parts = [_Part(count) for count in begin]
+        self.members: dict[str, tuple[float, float]] = {}
+        """Per name when it beat last, and its lease."""
+        self.dead: dict[str, DeadLetter] = {}
+        self.count: Counter[str] = Counter()
+
+    def living(self, now_s: float) -> frozenset[str]:
+        """Who has beaten within its lease."""
+        return frozenset(name for name, (beat_s, lease_s) in self.members.items() if now_s - beat_s < lease_s)
+
+    def acquire(self, seen: Lease, name: str) -> Grant | None:
+        """Give a partition to a member, if it is as it was seen."""
+        part = self.parts[seen.partition]
+        if (part.owner, part.epoch) != (seen.owner, seen.epoch):
+            return None
+        if not part.clean:
+            for queue in part.parked.values():
+                queue.crashes += queue.started
+                queue.started = False
+            for note in part.notes.values():
+                note.crashes += note.started
+                note.started = False
+        clean, part.clean = part.clean, False
+        part.owner, part.epoch, part.seq, part.want, part.next = name, part.epoch + 1, 0, "", ""
+        notes = {offset: note.crashes for offset, note in part.notes.items()}
+        last = str(len(self.log.partition(seen.partition)))
+        ours = seen.partition, part.epoch, str(part.w or ""), part.w, part.h, part.open, clean, last
+        return Grant(*ours, frozenset(part.parked), part.events_parked(), notes)
+
+    def commit(self, commit: Commit, name: str, now_ms: int, broker: MemoryBroker) -> Committed:
+        """Store progress with its effects, in one step."""
+        part = self.parts[commit.partition]
+        if (part.owner, part.epoch) != (name, commit.epoch):
+            return Committed(State.LOST)
+        if commit.seq == part.seq:
+            return part.answer
+        buried = sum(isinstance(effect, Bury) for effect in commit.effects)
+        if buried and len(self.dead) + buried > MAX_DEAD:
+            return Committed(State.DEAD_FULL)
+        for effect in commit.effects:
+            self._apply(part, effect, now_ms, broker)
+        part.seq, part.w, part.h, part.open = commit.seq, int(commit.w or 0), commit.h, frozenset(commit.open)
+        for offset in commit.cleared:
+            part.notes.pop(offset, None)
+        self.count["done"] += commit.done
+        self.count["retried"] += commit.retried
+        popped = {effect.key for effect in commit.effects if isinstance(effect, Pop)}
+        part.answer = Committed(State.STORED, frozenset(popped - part.parked.keys()), part.events_parked())
+        return part.answer
+
+    def heads(self, part: _Part, busy: Sequence[str], limit: int, now_ms: int) -> Heads:
+        """Begin the first events of keys that are due, and count it."""
+        ready = sorted((queue.due_ms, key) for key, queue in part.parked.items() if key not in busy)
+        due = [key for due_ms, key in ready if due_ms <= now_ms]
+        heads = [self._begin(part.parked[key], key, part.epoch) for key in due[:limit]]
+        return Heads(heads, ready[len(heads)][0] if len(ready) > len(heads) else _NEVER)
+
+    def take_letter(self, ref: str, replay: bool) -> bool:
+        """Remove a dead letter, to forget it or to park its event as a new one; False when it is gone."""
+        letter = self.dead.pop(ref, None)
+        if letter is None:
+            return False
+        self.count["replayed" if replay else "dropped"] += 1
+        if replay:
+            stored = letter.stored
+            key = stored.record.key or f"\0{stored.position.offset}"
+            self.parts[stored.position.partition].parked.setdefault(key, _Queue(0.0)).events.append(stored)
+            self.log.wake()
+        return True
+
+    def quiet(self, now_ms: int) -> bool:
+        """True when nothing can happen before time passes or an event is published."""
+        return self._lag() == 0 and (self.next_due_ms() or _NEVER) > now_ms
+
+    def next_due_ms(self) -> int | None:
+        """When the first parked key is due."""
+        due_ms = min(part.due_ms() for part in self.parts)
+        return None if due_ms == _NEVER else int(due_ms)
+
+    def info(self, now_s: float) -> GroupInfo:
+        """The group as it is now; what is parked is pending."""
+        parked = sum(part.events_parked() for part in self.parts)
+        now = len(self.living(now_s)), self._lag(), parked, parked, len(self.dead)
+        counts = (self.count[name] for name in ("done", "retried", "replayed", "dropped"))
+        return GroupInfo(self.log.spec.name, self.name, self.owner, *now, *counts)
+
+    def pending_infos(self) -> list[PendingInfo]:
+        """What is parked."""
+        return [
+            PendingInfo(stored.position, "", queue.attempts, int(min(queue.due_ms, 2**62)))
+            for part in self.parts
+            for queue in part.parked.values()
+            for stored in queue.events
+        ]
+
+    def _apply(self, part: _Part, effect: Effect, now_ms: int, broker: MemoryBroker) -> None:
+        match effect:
+            case Output(stream=stream, record=record):
+                broker.store(stream, record)
+            case Bury(stored=stored, reason=reason, error=error, attempts=attempts):
+                self.count["buried"] += 1
+                ref = f"{self.count['buried']:012}"
+                what = self.log.spec.name, self.name, stored, reason, error[:MAX_ERROR_CHARS]
+                self.dead[ref] = DeadLetter(*what, attempts, now_ms, ref)
+            case Park(key=key, stored=stored):
+                queue = part.parked.get(key)
+                if queue is None:
+                    figures = effect.attempts, effect.postponed
+                    queue = part.parked[key] = _Queue(effect.due_ms, deque(), *figures, error=effect.error)
+                queue.events.append(stored)
+            case Delay(key=key, offset=offset) if self._is_head(part, key, offset):
+                part.parked[key].ended(effect.due_ms, effect.attempts, effect.postponed, effect.error)
+            case Pop(key=key, offset=offset) if self._is_head(part, key, offset):
+                part.parked[key].next()
+                if not part.parked[key].events:
+                    del part.parked[key]
+
+    def _is_head(self, part: _Part, key: str, offset: str) -> bool:
+        return key in part.parked and part.parked[key].events[0].position.offset == offset
+
+    def _begin(self, queue: _Queue, key: str, token: int) -> Head:
+        queue.attempts += 1
+        queue.started = True
+        suspect = queue.crashes + 1 if queue.crashes else 0
+        return Head(key, Claim(queue.events[0], queue.attempts, suspect, queue.postponed, token=token))
+
+    def _lag(self) -> int:
+        """Events behind the mark; what is parked is not among them."""
+        ends = (len(self.log.partition(partition)) for partition in range(len(self.parts)))
+        return sum(end - part.w for end, part in zip(ends, self.parts, strict=True))
+
+
+class MemoryLedger:
+    """One life of a member."""
+
+    def __init__(self, broker: MemoryBroker, group: OrderedGroup, subscription: Subscription) -> None:
+        self.name = f"ms.{broker.clock.nonce()}"
+        self._broker = broker
+        self._clock = broker.clock
+        self._group = group
+        self._lease_s = subscription.lease_s
+        self._wake = asyncio.Event()
+
+    @property
+    def now_ms(self) -> float:
+        """The time by which things are due."""
+        return self._clock.now_ms()
+
+    async def enter(self) -> None:
+        """Become a member."""
+        self._group.members[self.name] = (self._clock.monotonic(), self._lease_s)
+
+    async def beat(self) -> None:
+        """Say that we live."""
+        self._group.members[self.name] = (self._clock.monotonic(), self._lease_s)
+
+    async def look(self) -> View:
+        """See who lives, and who has what. One who was silent itself judges nobody."""
+        group = self._group
+        living = group.living(self._clock.monotonic())
+        members = living if self.name in living else frozenset(group.members)
+        leases = [
+            Lease(number, part.owner, part.epoch, part.want, part.next, part.due_ms())
+            for number, part in enumerate(group.parts)
+        ]
+        return View(members, leases)
+
+    async def acquire(self, seen: Lease) -> Grant | None:
+        """Take a lease that is free, or whose owner is silent."""
+        if seen.owner and seen.owner in self._group.living(self._clock.monotonic()) - {self.name}:
+            return None
+        return self._group.acquire(seen, self.name)
+
+    async def ask(self, seen: Lease) -> None:
+        """Ask the owner of a lease for it."""
+        part = self._group.parts[seen.partition]
+        if (part.owner, part.epoch, part.want) == (seen.owner, seen.epoch, seen.want):
+            part.want = self.name
+
+    async def release(self, partition: int, epoch: int, heir: str) -> None:
+        """Give a lease back."""
+        if part := self._ours(partition, epoch):
+            part.owner, part.next, part.want, part.clean = "", heir, "", True
+
+    async def read(self, cursors: Mapping[int, Cursor], limit: int, wait_s: float) -> list[Claim]:
+        """Events behind the cursors; waits for the first one."""
+        until, log = self._clock.monotonic() + wait_s, self._group.log
+        while True:
+            changed = log.changed
+            claims: list[Claim] = []
+            for partition, cursor in cursors.items():
+                begin = int(cursor.after or 0)
+                events = islice(log.partition(partition), begin, begin + min(cursor.room, limit - len(claims)))
+                claims += [Claim(stored, 1, token=cursor.epoch) for stored in events]
+            left_s = until - self._clock.monotonic()
+            if claims or left_s <= 0 or self._wake.is_set() or not await self._clock.wait(changed, left_s):
+                self._wake.clear()
+                return claims
+
+    def wake(self) -> None:
+        """End a `read` that waits."""
+        self._wake.set()
+        self._group.log.wake()
+
+    async def heads(self, partition: int, epoch: int, busy: Sequence[str], limit: int) -> Heads | None:
+        """Begin the first events of parked keys that are due."""
+        part = self._ours(partition, epoch)
+        return self._group.heads(part, busy, limit, self._clock.now_ms()) if part else None
+
+    async def begin(self, partition: int, epoch: int, offsets: Sequence[str]) -> bool:
+        """Note that the handlers of these suspects start now."""
+        part = self._ours(partition, epoch)
+        if part is None:
+            return False
+        for offset in offsets:
+            part.notes.setdefault(offset, _Note()).started = True
+        return True
+
+    async def commit(self, commits: Sequence[Commit]) -> list[Committed]:
+        """Store progress."""
+        now_ms = self._clock.now_ms()
+        for commit in commits:
+            for effect in commit.effects:
+                if isinstance(effect, Output):
+                    self._broker.check(effect.stream, effect.record)
+        return [self._group.commit(commit, self.name, now_ms, self._broker) for commit in commits]
+
+    async def leave(self) -> None:
+        """Be a member no longer."""
+        self._group.members.pop(self.name, None)
+
+    def _ours(self, partition: int, epoch: int) -> _Part | None:
+        part = self._group.parts[partition]
+        return part if (part.owner, part.epoch) == (self.name, epoch) else None

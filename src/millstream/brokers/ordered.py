@@ -1,0 +1,382 @@
+"""A member of a group that consumes in the order of keys: the same for every broker, over that broker's ledger.
+
+    FREE ──acquire──► OURS(epoch) ──somebody asks──► DRAINING: nothing is handed out, what runs ends ──release──► FREE(heir)
+                        │ silent for a lease, or found so by others
+                        └► LOST: the window is dropped, `settle` answers False, `keep` tells it once, then acquire again
+
+A partition is read by its owner alone, so nothing has to be claimed: reading costs the server nothing but the reading, and
+progress is one small commit for as many events as were settled meanwhile. `window.py` holds the rules of the order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+
+from millstream.brokers.base import Claim, Kept, Position, Settlement, Subscription
+from millstream.brokers.ledger import Cursor, Grant, Lease, Ledger, State, View
+from millstream.brokers.share import share
+from millstream.brokers.window import Window
+from millstream.clock import Clock
+from millstream.errors import BrokerError, BrokerFull, LeaseLost
+from millstream.telemetry import BROKER_ERROR, Telemetry, logger
+from millstream.units import DEAD_FULL_S, MAX_PARKED
+
+LOOK_S = 0.5  # how often the others are looked at, at most: a takeover follows within a second of the lease
+MAX_HEADS = 32  # of a partition, begun in one step
+MAX_READ = 1_000  # events in one answer
+LEAST_WAIT_S = 0.001  # due times are whole milliseconds
+
+
+class OrderedConsumer:
+    """One running member of a group; see `brokers.base.Consumer` for its promises."""
+
+    def __init__(
+        self,
+        ledger: Callable[[], Ledger],
+        subscription: Subscription,
+        clock: Clock,
+        telemetry: Telemetry,
+        max_parked: int = MAX_PARKED,
+    ) -> None:
+        self._make = ledger
+        self._ledger: Ledger | None = None
+        self._subscription = subscription
+        self._clock = clock
+        self._telemetry = telemetry
+        self._max_parked = -(-max_parked // subscription.stream.partitions)
+        self._windows: dict[int, Window] = {}
+        self._lost: set[Position] = set()
+        self._asked: set[int] = set()
+        self._promised: dict[tuple[int, int], float] = {}
+        self._look_at = 0.0
+        self._changed = asyncio.Event()
+        self._entering = asyncio.Lock()
+        self._committing = asyncio.Lock()
+        self._turn = 0
+        self._closed = False
+
+    async def enter(self) -> None:
+        """Become a member; what is free is taken with the first heartbeat."""
+        await self._living()
+        await self._share()
+
+    async def fetch(self, limit: int, wait_s: float) -> list[Claim]:
+        """Up to `limit` events, of each partition in order; waits up to `wait_s` for the first one."""
+        until = self._clock.monotonic() + wait_s
+        while True:
+            changed = self._changed
+            try:
+                ledger = await self._living()
+                claims = await self._begin_heads(ledger, limit)
+                claims += self._hand_out(limit - len(claims))
+                left_s = until - self._clock.monotonic()
+                if not claims:
+                    await self._read(ledger, limit, min(left_s, self._due_s(ledger)), changed)
+                    claims = self._hand_out(limit)
+            except LeaseLost as error:
+                self._end(error)
+                claims = []
+            if claims or self._clock.monotonic() >= until:
+                return claims
+
+    async def begin(self, positions: Sequence[Position]) -> None:
+        """Note that the handlers of these suspects start now. Raises `LeaseLost` when they are not ours."""
+        ledger = await self._living()
+        offsets: dict[int, list[str]] = defaultdict(list)
+        for position in positions:
+            window = self._windows.get(position.partition)
+            if window is None or not window.holds(position.offset):
+                raise LeaseLost(f"{ledger.name} does not hold {position} any more")
+            offsets[position.partition].append(position.offset)
+        for partition, some in offsets.items():
+            window = self._windows[partition]
+            if not await ledger.begin(partition, window.epoch, some):
+                self._lose(window)
+                raise LeaseLost(f"{ledger.name} does not hold partition {partition} any more")
+
+    async def settle(self, settlements: Sequence[Settlement]) -> list[bool]:
+        """Take in outcomes and commit what they are, partition by partition; False where an event was not ours any more."""
+        touched: dict[int, Window] = {}
+        known = [False] * len(settlements)
+        for index, settlement in enumerate(settlements):
+            window = self._windows.get(settlement.position.partition)
+            if window is not None and window.settle(settlement):
+                known[index] = True
+                touched[window.partition] = window
+        await self._commit(touched.values())
+        return [
+            ours and self._windows.get(settlement.position.partition) is touched[settlement.position.partition]
+            for ours, settlement in zip(known, settlements, strict=True)
+        ]
+
+    async def keep(self) -> Kept:
+        """Beat; take, ask for and give partitions; tell what was lost, and what others ask for."""
+        try:
+            ledger = await self._living()
+            await ledger.beat()
+            with suppress(BrokerFull):  # which `settle` tells
+                await self._commit(list(self._windows.values()))
+            if self._clock.monotonic() >= self._look_at:
+                await self._share()
+        except LeaseLost as error:
+            self._end(error)
+        lost, self._lost = frozenset(self._lost), set()
+        asked, self._asked = frozenset(self._asked), set()
+        if lost:
+            self._look_at = 0.0  # those partitions may be acquired again from now on
+        return Kept(lost, asked)
+
+    async def release(self, partitions: frozenset[int]) -> None:
+        """Hand back what is held of these partitions, store their progress, and give them to whoever asked for them."""
+        for partition in partitions & self._windows.keys():
+            await self._release(self._windows[partition])
+
+    async def close(self) -> None:
+        """Store all progress, hand back all that is held, and leave the group."""
+        if self._closed:
+            return
+        self._closed = True
+        ledger = self._ledger
+        try:
+            for window in list(self._windows.values()):
+                await self._release(window)
+            if ledger is not None:
+                await ledger.leave()
+        except BrokerError as error:
+            name = self._subscription.group
+            logger.info("group %s was left without saying so, others take over what was held: %s", name, error)
+        self._windows.clear()
+        self._wake()
+
+    # Lives.
+
+    async def _living(self) -> Ledger:
+        if self._ledger is not None:
+            return self._ledger
+        async with self._entering:
+            if self._closed:
+                raise BrokerError("this consumer is closed")
+            if self._ledger is None:
+                ledger = self._make()
+                await ledger.enter()
+                self._ledger, self._look_at = ledger, 0.0
+            return self._ledger
+
+    def _end(self, error: LeaseLost) -> None:
+        self._complain(error)
+        self._ledger = None
+        for window in list(self._windows.values()):
+            self._lose(window)
+
+    def _lose(self, window: Window) -> None:
+        if self._windows.get(window.partition) is window:
+            del self._windows[window.partition]
+            self._lost.update(window.held())
+            self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+        if self._ledger is not None:
+            self._ledger.wake()
+
+    def _complain(self, error: BrokerError) -> None:
+        group, stream = self._subscription.group, self._subscription.stream.name
+        self._telemetry.emit(BROKER_ERROR, group=group, error=error)
+        self._telemetry.complain(group, self._clock.monotonic(), "group %s of %s: %s", group, stream, error)
+
+    # Partitions.
+
+    async def _share(self) -> None:
+        """Look who has what; then take, ask and give."""
+        ledger, now = await self._living(), self._clock.monotonic()
+        self._look_at = now + min(LOOK_S, self._subscription.lease_s / 4)
+        view = await ledger.look()
+        self._compare(ledger, view)
+        barred = {position.partition for position in self._lost}
+        steps = share(ledger.name, view, self._reserved(view, now), barred)
+        unseen = [lease for lease in view.leases if lease.owner == ledger.name and lease.partition not in self._windows]
+        for lease in (*unseen, *steps.take):  # unseen: acquired by a call whose answer never came
+            if lease.partition not in barred:
+                await self._acquire(ledger, lease)
+        for lease in steps.ask:
+            await ledger.ask(lease)
+        for lease in steps.give:
+            self._drain(lease.partition)
+        for window in [window for window in self._windows.values() if window.draining and window.at_rest()]:
+            await self._release(window, view)
+
+    def _compare(self, ledger: Ledger, view: View) -> None:
+        """Find out which of our partitions are ours no more, and what people have released of the others."""
+        for lease in view.leases:
+            window = self._windows.get(lease.partition)
+            if window is not None and (lease.owner, lease.epoch) != (ledger.name, window.epoch):
+                self._lose(window)
+            elif window is not None:
+                window.due_ms = min(window.due_ms, lease.due_ms)
+
+    def _drain(self, partition: int) -> None:
+        window = self._windows.get(partition)
+        if window is not None and not window.draining:
+            window.draining = True
+            self._asked.add(partition)
+
+    def _reserved(self, view: View, now: float) -> set[int]:
+        """Partitions that were released to somebody else a moment ago."""
+        promised = {
+            (lease.partition, lease.epoch): now
+            for lease in view.leases
+            if not lease.owner and lease.next in view.members
+        }
+        self._promised = promised | {key: since for key, since in self._promised.items() if key in promised}
+        patience_s = self._subscription.lease_s / 2
+        return {partition for (partition, _), since in self._promised.items() if now - since < patience_s}
+
+    async def _acquire(self, ledger: Ledger, lease: Lease) -> None:
+        grant = await ledger.acquire(lease)
+        if grant is None:
+            return
+        self._tell(grant)
+        window = Window(grant)
+        while window.catching_up:
+            cursor = Cursor(window.cursor.after, MAX_READ, window.epoch)
+            claims = await ledger.read({grant.partition: cursor}, MAX_READ, 0)
+            window.put(claims)
+            if not claims:
+                window.caught_up()
+        self._windows[grant.partition] = window
+        self._wake()
+
+    def _tell(self, grant: Grant) -> None:
+        stream, group = self._subscription.stream.name, self._subscription.group
+        if grant.regressed:
+            logger.error(
+                "group %s of %s: partition %d ends before what was settled: the server came back with less. It begins anew "
+                "from the first event, and handlers see again what is still there",
+                *(group, stream, grant.partition),
+            )
+        if grant.lost:
+            logger.error(
+                "group %s of %s: %d events of partition %d are gone that were never settled: somebody trimmed the stream",
+                *(group, stream, grant.lost, grant.partition),
+            )
+
+    async def _release(self, window: Window, view: View | None = None) -> None:
+        ledger = await self._living()
+        window.draining = True
+        window.give_back()
+        with suppress(BrokerFull):  # what could not be stored is handled again, by whoever has the partition next
+            await self._commit([window])
+        if self._windows.get(window.partition) is not window:
+            return
+        leases = (view or await ledger.look()).leases
+        await ledger.release(window.partition, window.epoch, leases[window.partition].want)
+        self._windows.pop(window.partition, None)
+        self._look_at = 0.0
+        self._wake()
+
+    # Claiming.
+
+    def _hand_out(self, limit: int) -> list[Claim]:
+        # Each call begins one partition further, or a busy first one would starve the others.
+        claims: list[Claim] = []
+        windows = list(self._windows.values())
+        self._turn += 1
+        for step in range(len(windows)):
+            window = windows[(self._turn + step) % len(windows)]
+            if window.events_parked >= self._max_parked:
+                self._tell_full(window)
+            elif len(claims) < limit:
+                claims += window.hand_out(limit - len(claims))
+        return claims
+
+    def _tell_full(self, window: Window) -> None:
+        self._complain(
+            BrokerFull(
+                f"partition {window.partition} waits: {window.events_parked:,} of its events are parked. Mend what fails, "
+                "then `millstream key release`, or `millstream key drop`"
+            )
+        )
+
+    async def _begin_heads(self, ledger: Ledger, limit: int) -> list[Claim]:
+        claims: list[Claim] = []
+        for window in list(self._windows.values()):
+            if window.draining or window.due_ms > ledger.now_ms or len(claims) >= limit:
+                continue
+            window.due_ms = float("inf")  # what becomes due while we ask is noted again
+            count = min(limit - len(claims), MAX_HEADS)
+            try:
+                found = await ledger.heads(window.partition, window.epoch, window.busy(), count)
+            except BaseException:
+                window.due_ms = 0.0
+                raise
+            if found is None:
+                self._lose(window)
+            elif self._windows.get(window.partition) is window:
+                window.due_ms = min(window.due_ms, found.due_ms)
+                claims += window.begin(found.heads)
+        return claims
+
+    async def _read(self, ledger: Ledger, limit: int, wait_s: float, changed: asyncio.Event) -> None:
+        cursors = {
+            partition: window.cursor
+            for partition, window in self._windows.items()
+            if window.cursor.room > 0 and window.events_parked < self._max_parked
+        }
+        if not cursors:
+            await self._clock.wait(changed, max(0.0, wait_s))
+            return
+        epochs = {partition: cursor.epoch for partition, cursor in cursors.items()}
+        found: dict[int, list[Claim]] = defaultdict(list)
+        for claim in await ledger.read(cursors, max(limit, MAX_READ), max(0.0, wait_s)):
+            found[claim.stored.position.partition].append(claim)
+        for partition, claims in found.items():
+            window = self._windows.get(partition)
+            if window is not None and window.epoch == epochs[partition]:
+                window.put(claims)
+
+    def _due_s(self, ledger: Ledger) -> float:
+        """How long nothing that is parked is due."""
+        due_ms = min((window.due_ms for window in self._windows.values() if not window.draining), default=float("inf"))
+        return max(LEAST_WAIT_S, (due_ms - ledger.now_ms) / 1000)
+
+    # Committing.
+
+    async def _commit(self, windows: Iterable[Window]) -> None:
+        """Store what there is to store of these windows; raises `BrokerFull` after all that needs no room was stored."""
+        async with self._committing:
+            full: list[Window] = []
+            todo = [window for window in windows if self._windows.get(window.partition) is window]
+            while todo:
+                todo = await self._commit_once(todo, full)
+            if full:
+                raise BrokerFull(f"no room for outputs or dead letters of group {self._subscription.group!r}")
+
+    async def _commit_once(self, windows: Sequence[Window], full: list[Window]) -> list[Window]:
+        ledger = await self._living()
+        now_s = self._clock.monotonic()
+        made = [(window, window.commit(now_s, room=window not in full)) for window in windows]
+        commits = [(window, commit) for window, commit in made if commit is not None]
+        if not commits:
+            return []
+        try:
+            answers = await ledger.commit([commit for _, commit in commits])
+        except LeaseLost as error:
+            self._end(error)
+            return []
+        for (window, _), answer in zip(commits, answers, strict=True):
+            if answer.state is State.LOST:
+                self._lose(window)
+                continue
+            window.answered(answer)
+            if answer.state is State.DEAD_FULL:
+                self._complain(
+                    BrokerFull(f"no room for more dead letters of {self._subscription.group!r}: their keys wait")
+                )
+                window.bury_later(int(ledger.now_ms + DEAD_FULL_S * 1000))
+            elif answer.state is State.FULL:
+                full.append(window)
+        return [window for window, _ in commits if self._windows.get(window.partition) is window]

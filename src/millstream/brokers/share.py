@@ -1,0 +1,61 @@
+"""The share: which partitions a member takes, asks for and gives away, from what it sees. Pure.
+
+With `P` partitions and `n` members, everybody has at least ⌊P/n⌋, and P mod n of them one more. What is free is taken up to
+that bound. Who has less than the lower bound asks for the difference, where most is. Nobody takes from a living owner: it
+gives, after it has finished what it had begun, and never so much that it falls below the lower bound itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Collection
+from typing import NamedTuple
+
+from millstream.brokers.ledger import Lease, View
+
+
+class Share(NamedTuple):
+    """What a member does next."""
+
+    take: list[Lease]
+    ask: list[Lease]
+    give: list[Lease]
+    """Each to its `want`."""
+
+
+def share(me: str, view: View, promised: Collection[int] = (), barred: Collection[int] = ()) -> Share:
+    """A member's next steps. `promised` partitions are left for those whom they were released to, `barred` ones alone."""
+    members, leases = view.members, view.leases
+    least, over = divmod(len(leases), len(members))
+    owned = Counter(lease.owner for lease in leases if lease.owner in members)
+    above = sum(count > least for owner, count in owned.items() if owner != me)
+    most = least + (above < over)  # no more of us than needed have one more, or one would have to move again
+    free = [
+        lease
+        for lease in leases
+        if lease.owner not in members
+        and lease.partition not in barred
+        and (lease.owner or lease.next in ("", me) or lease.next not in members or lease.partition not in promised)
+    ]
+    free.sort(key=lambda lease: (lease.next != me, _rank(me, lease.partition)))
+    take = free[: max(0, most - owned[me])]
+    asked = sum(lease.want == me and owned[lease.owner] > least for lease in leases)
+    missing = least - owned[me] - len(take) - asked
+    spare = {owner: count - least for owner, count in owned.items()}
+    for lease in leases:
+        if lease.want in members and lease.owner in members:
+            spare[lease.owner] -= 1
+    ask: list[Lease] = []
+    for lease in sorted(leases, key=lambda lease: (-owned[lease.owner], _rank(me, lease.partition))):
+        others = lease.owner in members and lease.owner != me and lease.want not in members
+        if missing > len(ask) and others and spare[lease.owner] > 0:
+            spare[lease.owner] -= 1
+            ask.append(lease)
+    wanted = [lease for lease in leases if lease.owner == me and lease.want in members and lease.want != me]
+    return Share(take, ask, wanted[: max(0, owned[me] - least)])
+
+
+def _rank(name: str, partition: int) -> bytes:
+    """An order of the partitions that differs from member to member, so that they do not all reach for the same one."""
+    return hashlib.blake2b(f"{name} {partition}".encode(), digest_size=8).digest()
