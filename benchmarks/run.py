@@ -11,6 +11,8 @@ once, and the broker says that the group has nothing left.
 - `publish_many`: from the first event to the last confirmed position.
 - `handler`: a handler that takes the event alone, from the start of the worker to the end of its drain.
 - `handler, all`: the same with the delivery, a dependency that is a generator, and a timeout.
+- `handler, by key`: as `handler`, in the order of 9,973 keys in 8 partitions.
+- `1,000 keys`: the same with 1,000 keys; and `one fails`: one of them fails and waits, and the others are counted.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,11 +40,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import uvloop
 from redis import Redis
 
-from millstream import App, Delivery, Depends, Event, Settings, Stream
+from millstream import App, Delivery, Depends, Event, Retry, Settings, Stream
 from tests.servers import RedisServer, find
 
 DATA_BYTES = 200
 TARGETS = {("redis", "publish_many"): 150_000, ("redis", "handler"): 150_000}
+KEYS, POISON = 1_000, 7
 HANDLED_WITHIN_S = 300.0
 
 
@@ -54,6 +58,8 @@ class Sale(Event, type="bench.sale"):
 
 
 sales = Stream("sales", Sale)
+visits = Stream("visits", Sale, key="customer")
+counters = Stream("counters", Sale, key=lambda sale: sale.number % KEYS)
 
 
 def sale(number: int) -> Sale:
@@ -85,6 +91,29 @@ def plain(url: str, namespace: str, count: Count) -> App:
     return app
 
 
+def by_key(url: str, namespace: str, count: Count) -> App:
+    app = App("bench", broker=url, settings=Settings.load(namespace=namespace))
+
+    @app.subscriber(visits, "by-key", timeout="never")
+    async def handle(event: Sale) -> None:
+        count.handled(event.number)
+
+    return app
+
+
+def thousand(url: str, namespace: str, count: Count, *, poison: bool = False) -> App:
+    """In the order of a thousand keys; the events of one may fail, and are tried again after the run."""
+    app = App("bench", broker=url, settings=Settings.load(namespace=namespace))
+
+    @app.subscriber(counters, "poisoned" if poison else "healthy", timeout="never", retry=Retry(first="1h"))
+    async def handle(event: Sale) -> None:
+        if poison and event.number % KEYS == POISON:
+            raise RuntimeError("nothing helps")
+        count.handled(event.number)
+
+    return app
+
+
 def a_session() -> Iterator[object]:
     yield None
 
@@ -99,30 +128,35 @@ def whole(url: str, namespace: str, count: Count) -> App:
     return app
 
 
-async def publish(url: str, namespace: str, events: int) -> float:
-    app = App("bench", broker=url, streams=[sales], settings=Settings.load(namespace=namespace))
+async def publish(url: str, namespace: str, events: int, to: Stream[Sale] = sales) -> float:
+    app = App("bench", broker=url, streams=[to], settings=Settings.load(namespace=namespace))
     prepared = [sale(number) for number in range(events)]
     async with app:
         began = time.perf_counter()
-        positions = await app.publish_many(prepared, to=sales)
+        positions = await app.publish_many(prepared, to=to)
         seconds = time.perf_counter() - began
-        (info,) = await app.broker.admin.streams()
+        (info,) = (info for info in await app.broker.admin.streams() if info.spec.name == to.name)
     check("published", [len(set(positions)), info.events], events)
     return seconds
 
 
-async def handle(make: Callable[[str, str, Count], App], url: str, namespace: str, events: int) -> float:
+async def handle(
+    make: Callable[[str, str, Count], App], url: str, namespace: str, events: int, failing: int = 0
+) -> float:
+    """Seconds until all events were handled, but for those that are to fail."""
     count = Count(events)
+    count.left -= failing
     app = make(url, namespace, count)
     began = time.perf_counter()
     async with app.worker(), asyncio.timeout(HANDLED_WITHIN_S):
         await count.finished.wait()
     seconds = time.perf_counter() - began
     async with app:
-        (name,) = (group.name for group in app.groups())
-        (info,) = (info for info in await app.broker.admin.groups(sales.name) if info.group == name)
-    check("handled", [count.times.count(1), info.done], events)
-    check("left", [info.lag, info.pending, info.retried, info.dead], 0)
+        (group,) = app.groups()
+        (info,) = (info for info in await app.broker.admin.groups(group.stream.name) if info.group == group.name)
+    check("handled", [count.times.count(1), info.done], events - failing)
+    check("left", [info.lag, info.dead], 0)
+    check("waiting", [info.pending], failing)
     return seconds
 
 
@@ -161,6 +195,13 @@ class Bench:
         self._add(broker, "publish_many", await publish(url, namespace, self.events))
         self._add(broker, "handler", await handle(plain, url, namespace, self.events))
         self._add(broker, "handler, all", await handle(whole, url, namespace, self.events))
+        await publish(url, namespace, self.events, visits)
+        self._add(broker, "handler, by key", await handle(by_key, url, namespace, self.events))
+        await publish(url, namespace, self.events, counters)
+        self._add(broker, "by key, 1,000 keys", await handle(thousand, url, namespace, self.events))
+        failing = len(range(POISON, self.events, KEYS))
+        seconds = await handle(partial(thousand, poison=True), url, namespace, self.events, failing)
+        self._add(broker, "by key, 1,000 keys, one fails", seconds * self.events / (self.events - failing))
 
     def _add(self, broker: str, scenario: str, seconds: float) -> None:
         self.rates[broker, scenario].append(self.events / seconds)

@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 
+pytest.register_assert_rewrite("millstream.testing.suite")  # before a test imports one of its files
+
 TEST_S = 60.0
 
 # Started in the background by a shell, we and all that we start would ignore Ctrl-C; tests send it.

@@ -37,7 +37,7 @@ class TestMemoryBrokerInRealTime(Conformance):
 
 
 class TestSQLiteBroker(Conformance):
-    traits = Traits(atomic_outputs=True, confirms=frozenset({"memory", "fsync"}))
+    traits = Traits(order=True, atomic_outputs=True, confirms=frozenset({"memory", "fsync"}))
 
     @pytest.fixture
     def place(self, tmp_path: Path) -> Place:
@@ -53,7 +53,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
 class TestRedisBroker(Conformance):
     """On each version, within one server: every test has a namespace of its own."""
 
-    traits = Traits()
+    traits = Traits(order=True)
 
     @pytest.fixture
     def place(self, server: RedisServer) -> Place:

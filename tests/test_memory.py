@@ -21,6 +21,7 @@ from millstream.brokers.base import (
     StreamSpec,
     Subscription,
 )
+from millstream.brokers.ledger import HELD_MS
 from millstream.brokers.memory.broker import MemoryBroker
 from millstream.errors import BrokerRefused, NotSupported
 from millstream.settings import Settings
@@ -123,6 +124,34 @@ async def test_a_busy_partition_does_not_starve_the_others() -> None:
     await broker.append("orders", [record(0) for _ in range(100)] + [record(1), record(2)])
     claims = [claim for _ in range(3) for claim in await consumer.fetch(1, 0)]
     assert {claim.stored.position.partition for claim in claims} == {0, 1, 2}
+
+
+async def test_a_key_that_waits_for_a_person_is_quiet_and_never_due() -> None:
+    broker, _ = await opened()
+    consumer = await broker.subscribe(Subscription(ORDERS, "billing", "shop", lease_s=LEASE_S, order=True))
+    await broker.append("orders", [record()])
+    [claim] = await consumer.fetch(1, 0)
+    assert await consumer.settle([settlement(claim, Later(HELD_MS, "x" * (MAX_ERROR_CHARS + 1)))]) == [True]
+    assert broker.quiet() and broker.next_due_ms() is None
+    [pending] = await broker.admin.pending("orders", "billing", 10)
+    assert (pending.consumer, pending.due_ms) == ("", None)
+    [key] = await broker.admin.keys("orders", "billing")
+    assert len(key.error) == MAX_ERROR_CHARS
+    await broker.admin.release_keys([key])
+    assert not broker.quiet() and broker.next_due_ms() == 0
+
+
+async def test_a_group_without_order_that_is_moved_forgets_all_that_is_pending() -> None:
+    broker, _ = await opened()
+    consumer = await joined(broker)
+    await broker.append("orders", [record(), record()])
+    held, waiting = await consumer.fetch(10, 0)
+    await consumer.settle([settlement(waiting, Later(0, "busy"))])
+    await broker.admin.seek("orders", "billing", "now", live=True)
+    assert broker.quiet()
+    assert await consumer.fetch(10, 0) == []  # it has not been told yet
+    assert (await consumer.keep()).lost == {held.stored.position}
+    assert await consumer.fetch(10, 0) == []
 
 
 async def test_an_errors_text_is_cut_at_its_limit() -> None:

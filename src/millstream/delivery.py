@@ -72,7 +72,7 @@ class Envelope(Generic[E_co]):
 class Delivery(Envelope[E_co]):
     """An envelope in a handler's hands: where it lies, which attempt this is, until when."""
 
-    __slots__ = ("_deadline_ms", "_stage", "attempt", "last_attempt", "position", "staged")
+    __slots__ = ("_deadline_ms", "_stage", "attempt", "last_attempt", "position", "staged", "token")
 
     def __init__(  # built by the worker for every delivery that a handler asks for: positional, and nothing computed
         self,
@@ -88,6 +88,7 @@ class Delivery(Envelope[E_co]):
         last_attempt: bool,
         deadline_ms: int | None,
         stage: Callable[[Delivery[Any], Any, Stream[Any] | None], Any],
+        token: int = 0,
     ) -> None:
         self.event = event
         self.id = id
@@ -103,6 +104,9 @@ class Delivery(Envelope[E_co]):
         """True when a failure of this attempt makes the event a dead letter."""
         self._deadline_ms = deadline_ms
         self._stage = stage
+        self.token = token
+        """A fencing token: it grows whenever another process takes over the partition, so that a database can refuse what a
+        process writes that was taken for dead. 0 where the group keeps no order."""
         self.staged: list[Any] = []
         """What `publish` was given so far, ready to be stored."""
 

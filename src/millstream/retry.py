@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from millstream.errors import BadSetting
 from millstream.units import MAX_BATCH, Duration, seconds
@@ -22,7 +23,10 @@ class Retry:
     factor: float = 3
     max: Duration = "1h"
     never: Sequence[type[Exception]] = ()
-    """Errors that are not worth a second try: such an event becomes a dead letter at once."""
+    """Errors that are not worth a second try: such an event is given up at once."""
+    then: Literal["skip", "hold"] = "skip"
+    """What giving up means: the event becomes a dead letter and its key goes on; or, where a group keeps the order of keys,
+    the key waits with all its later events until a person releases or drops it."""
 
     def __post_init__(self) -> None:
         if self.attempts < 1:
@@ -31,6 +35,8 @@ class Retry:
             raise BadSetting(f"Retry(factor={self.factor}): at least 1, or retries would come ever faster")
         if isinstance(self.never, type) or not all(_is_error(e) for e in self.never):
             raise BadSetting(f"Retry(never={self.never!r}): a list of exception classes")
+        if self.then not in ("skip", "hold"):
+            raise BadSetting(f"Retry(then={self.then!r}): 'skip' or 'hold'")
         seconds(self.first), seconds(self.max)
 
     def delay_s(self, attempt: int, chance: float) -> float:

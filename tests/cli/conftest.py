@@ -14,7 +14,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from millstream.brokers.memory.broker import MemoryBroker
+from millstream.cli import target
 from millstream.cli.main import millstream
+from millstream.clock import Clock
+from millstream.settings import Settings
+from millstream.telemetry import Telemetry
 from tests.servers import wait_until
 
 WITHIN_S = 30.0  # a loaded machine with two cores
@@ -147,3 +152,12 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project
     for name in set(sys.modules) - modules:
         if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
             del sys.modules[name]
+
+
+@pytest.fixture
+def memory(project: Project, monkeypatch: pytest.MonkeyPatch) -> MemoryBroker:
+    """A broker in memory, which the commands of this process share with the test; there is no app."""
+    broker = MemoryBroker("memory://", Settings(), Clock(), Telemetry())
+    monkeypatch.setattr(target, "broker_for", lambda *_: broker)
+    project.environment = {"MILLSTREAM_BROKER": "memory://"}
+    return broker

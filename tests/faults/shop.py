@@ -82,6 +82,9 @@ def block(event: Block, delivery: Delivery[Block]) -> None:
 class Watched:
     """A consumer whose every answer is written down, and around whose calls the process may die."""
 
+    mark = "attempt"
+    """What of a claim is written."""
+
     def __init__(self, consumer: Consumer) -> None:
         self._consumer = consumer
         self._claims: dict[Position, Claim] = {}
@@ -114,7 +117,7 @@ class Watched:
 
     def _tell(self, word: str, position: Position) -> None:
         claim = self._claims[position]
-        write(word, claim.stored.record.id, claim.attempt)
+        write(word, claim.stored.record.id, getattr(claim, self.mark))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._consumer, name)
@@ -149,16 +152,17 @@ class NoHandBack(Watched):
 def no_fence() -> None:
     """A mistake: whoever comes with an outcome is believed."""
     from millstream.brokers.sqlite import group
+    from millstream.brokers.sqlite.member import present
 
-    fenced, present = group.settle, group._present
+    fenced = group.settle
     group._FINISH = "DELETE FROM pending WHERE grp = ? AND ? > 0 AND row = ? AND ? > 0"
 
     def believing(*given: Any) -> list[bool] | None:
-        group._present = lambda db, me: True
+        group.present = lambda db, me: True  # type: ignore[attr-defined]
         try:
             return fenced(*given)
         finally:
-            group._present = present
+            group.present = present  # type: ignore[attr-defined]
 
     group.settle = believing  # type: ignore[assignment]
 

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from hiredis import Reader, ReplyError, pack_command
+from msgspec.msgpack import encode as packb
 
 from millstream.brokers.redis.keys import Keys
 from millstream.brokers.redis.scripts import scripts
@@ -19,10 +20,15 @@ KEYS = Keys("", "orders", 1)
 LOG, DUE, NOTE = KEYS.log(0), KEYS.due(0, GROUP), KEYS.note(0, GROUP)
 DEAD, STATS, META = KEYS.dead(0, GROUP), KEYS.stats(0, GROUP), KEYS.meta(0)
 LIVE, TICK = KEYS.live(GROUP), KEYS.tick(GROUP)
+LEASE, PARKED, PARKINFO = KEYS.lease(0, GROUP), KEYS.parked(0, GROUP), KEYS.parkinfo(0, GROUP)
 
 
 def fence(consumer: str) -> bytes:
     return KEYS.fence(GROUP, consumer)
+
+
+def park(key: str) -> bytes:
+    return KEYS.park(0, GROUP, key)
 
 
 class Raw:
@@ -117,6 +123,60 @@ class Raw:
 
     def drop(self, letter: bytes) -> Any:
         return self.run("drop", [DEAD, STATS], [letter])
+
+    # The same, in the order of keys.
+
+    def found(self, start: str = "0-0", mode: str = "log") -> Any:
+        return self.run("join", [LOG, META, DUE, NOTE, LEASE], [GROUP, "app", start, mode])
+
+    def acquire(self, member: str, silent: Any = "", *formers: str, seen: tuple[bytes, bytes] | None = None) -> Any:
+        owner, epoch = seen or (self.lease("owner") or b"", self.lease("epoch") or b"0")
+        keys = [LOG, fence(member), LIVE, LEASE, META, PARKED, PARKINFO, NOTE]
+        return self.run("acquire", keys, [GROUP, member, f"n-{member}", owner, epoch, silent, *formers])
+
+    def commit(
+        self,
+        member: str,
+        epoch: bytes,
+        seq: int,
+        w: bytes,
+        wn: int | bytes | str = "",
+        *effects: tuple[Any, ...],
+        h: bytes = b"",
+        opened: bytes = b"",
+        done: int = 0,
+        max_dead: int = 100,
+    ) -> Any:
+        """An effect names its event key where the script wants the number of a list, and bytes where it wants blobs."""
+        keys, blobs, packed = [LOG, LEASE, PARKED, PARKINFO, NOTE, DEAD], list[bytes](), []
+        for kind, *words in effects:
+            if kind == "dead":
+                *words, fields = words
+                words += [len(blobs) + 1, len(fields)]
+                blobs += fields
+            else:
+                keys.append(park(words[0]))
+                words = [len(keys), *words]
+            for index, word in enumerate(words):
+                if isinstance(word, bytes):
+                    blobs.append(word)
+                    words[index] = len(blobs)
+            packed.append([kind, *words])
+        args = [GROUP, member, epoch, seq, w, wn, h, opened, done, 0, 0, max_dead, "", packb(packed) if packed else b""]
+        return self.run("commit", keys, [*args, *blobs])
+
+    def heads(self, member: str, epoch: bytes, *keys: str) -> Any:
+        return self.run("heads", [LEASE, PARKED, PARKINFO, NOTE, *(park(key) for key in keys)], [member, epoch, *keys])
+
+    def begin(self, member: str, epoch: bytes, *ids: bytes) -> Any:
+        return self.run("begin", [LEASE, NOTE], [member, epoch, *ids])
+
+    def give(self, member: str, epoch: bytes, heir: str = "") -> Any:
+        return self.run("yield", [LEASE], [member, epoch, heir])
+
+    def lease(self, name: str) -> bytes | None:
+        found: bytes | None = self.do("HGET", LEASE, name)
+        return found
 
     # What there is.
 

@@ -13,9 +13,8 @@ from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from millstream.brokers.base import Claim, Done, Outcome, Record, Settlement, StreamSpec, Subscription
+from millstream.brokers.base import Claim, Consumer, Done, Outcome, Record, Settlement, StreamSpec, Subscription
 from millstream.brokers.sqlite.broker import SQLiteBroker
-from millstream.brokers.sqlite.consumer import SQLiteConsumer
 from millstream.clock import Clock
 from millstream.settings import Settings
 from millstream.telemetry import Telemetry
@@ -44,7 +43,7 @@ async def opened(path: Path, *, query: str = "", namespace: str = "") -> AsyncIt
         await broker.close()
 
 
-async def joined(broker: SQLiteBroker, group: str = "billing") -> SQLiteConsumer:
+async def joined(broker: SQLiteBroker, group: str = "billing") -> Consumer:
     return await broker.subscribe(Subscription(ORDERS, group, "shop", lease_s=LEASE_S))
 
 

@@ -8,9 +8,8 @@ import time
 from collections.abc import Awaitable, Callable
 from sqlite3 import Connection
 
-from millstream.brokers.base import Done, Record, Settlement, Subscription
+from millstream.brokers.base import Consumer, Done, Record, Settlement, Subscription
 from millstream.brokers.sqlite.broker import SQLiteBroker
-from millstream.brokers.sqlite.consumer import SQLiteConsumer
 from millstream.clock import Clock
 from millstream.settings import Settings
 from millstream.telemetry import Telemetry
@@ -35,9 +34,9 @@ async def publish(broker: SQLiteBroker, prefix: str, count: str) -> None:
             lanes.create_task(lane(number))
 
 
-async def consume(broker: SQLiteBroker) -> None:
+async def consume(broker: SQLiteBroker, order: str = "") -> None:
     """Handle for ever; says the id of each event before it is settled."""
-    consumer = await broker.subscribe(Subscription(ORDERS, "billing", "shop", lease_s=LEASE_S))
+    consumer = await broker.subscribe(Subscription(ORDERS, "billing", "shop", lease_s=LEASE_S, order=bool(order)))
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(beat(consumer))
         while True:
@@ -47,7 +46,7 @@ async def consume(broker: SQLiteBroker) -> None:
             await consumer.settle([Settlement(claim.stored.position, Done()) for claim in claims])
 
 
-async def beat(consumer: SQLiteConsumer) -> None:
+async def beat(consumer: Consumer) -> None:
     while True:
         await consumer.keep()
         await asyncio.sleep(LEASE_S / 4)

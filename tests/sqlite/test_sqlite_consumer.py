@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millstream.brokers.base import Dead, Later, Record, Subscription
-from millstream.brokers.sqlite import group
-from millstream.brokers.sqlite.consumer import Watch
+from millstream.brokers.sqlite import group, member
+from millstream.brokers.sqlite.watch import Watch
 from millstream.clock import Clock
 from tests.sqlite.places import ORDERS, broker_at, eventually, ids, joined, opened, outcomes, records
 
@@ -124,9 +124,9 @@ async def test_who_is_as_silent_as_those_it_judges_judges_nobody(tmp_path: Path)
         subscription = Subscription(ORDERS, "billing", "shop")
 
         def job(db: sqlite3.Connection) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-            one, two = (group.enter(db, "orders", subscription, group.Life(n, n, 0.0)) for n in ("one", "two"))
+            one, two = (member.enter(db, "orders", subscription, member.Life(n, n, 0.0)) for n in ("one", "two"))
             frozen = group.evict(db, two, 2)
-            beat = group.beat(db, two, 0.0)
+            beat = member.beat(db, two, 0.0)
             assert beat is not None
             assert beat.tick == 3
             assert group.evict(db, one, 2) == []

@@ -9,6 +9,7 @@ import pytest
 
 from millstream import App, Delivery, Settings
 from millstream.brokers.base import Dead, Settlement
+from millstream.brokers.memory.group import Group
 from millstream.errors import BrokerDown, BrokerFull, BrokerRefused, Reject
 from millstream.telemetry import BROKER_ERROR, LOST, STALE
 from tests.worker.place import (
@@ -249,6 +250,7 @@ async def test_what_was_lost_is_cancelled_and_its_outputs_are_dropped() -> None:
 async def take_all(faults: Faulty) -> None:
     """Take everything away from its holders, as a living observer does when they are silent."""
     group = faults.broker.logs["orders"].groups["billing"]
+    assert isinstance(group, Group)
     holders = {pending.holder for pending in group.pending.values() if pending.holder is not None}
     for member in holders:
         taken = dict(member.held)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from millstream import App, Batch, Retry
 from millstream.brokers.base import Claim, Record, StreamSpec, Subscription
 from millstream.brokers.memory.broker import MemoryBroker
+from millstream.brokers.memory.group import Group
 from millstream.testing.clock import VirtualClock
 from millstream.worker.lanes import Gate
 from tests.worker.place import Base, Faulty, Placed, app_of, at_work, memory, orders, payments, settled, until
@@ -191,6 +192,7 @@ async def test_a_suspect_that_somebody_else_has_by_now_is_not_run() -> None:
     async with at_work(app, shop.broker) as process:
         await until(lambda: shop.broker.calls["begin"] == 1)
         group = shop.broker.broker.logs["orders"].groups["billing"]
+        assert isinstance(group, Group)
         (member,) = group.members.values()
         member.held, member.present = {}, False
         gate.set()

@@ -33,6 +33,7 @@ __all__ = [
     "Later",
     "Outcome",
     "Output",
+    "ParkedKey",
     "PendingInfo",
     "Position",
     "Put",
@@ -275,6 +276,25 @@ class DeadLetter(Struct, frozen=True, gc=False):
     """Where the broker keeps it: opaque."""
 
 
+class ParkedKey(Struct, frozen=True, gc=False):
+    """A key of an ordered group whose events wait behind one that failed."""
+
+    stream: str
+    group: str
+    partition: int
+    key: str
+    """Of an event without a key: NUL and its offset."""
+    events: int
+    first: Position
+    attempts: int
+    """Of the first event."""
+    due_ms: int | None
+    """When that is tried again; None while the key waits for a person."""
+    error: str
+    since_ms: int
+    """When the key was parked."""
+
+
 class Admin(Protocol):
     """What people and monitoring look through. Nothing here needs the code of an app."""
 
@@ -304,6 +324,35 @@ class Admin(Protocol):
 
     async def adopt(self, stream: str, group: str, owner: str) -> None:
         """Make another app the owner of a group; it keeps its place."""
+        ...
+
+    async def keys(self, stream: str, group: str, limit: int = 100) -> list[ParkedKey]:
+        """The keys that wait, those that were parked first first."""
+        ...
+
+    async def parked(self, key: ParkedKey, limit: int = 100) -> list[Stored]:
+        """The events that wait of a key, in order."""
+        ...
+
+    async def release_keys(self, keys: Sequence[ParkedKey]) -> list[bool]:
+        """Let keys be tried at once, attempts counted anew; False where nothing is parked any more."""
+        ...
+
+    async def drop_keys(self, keys: Sequence[ParkedKey]) -> list[int]:
+        """Discard all that is parked of these keys, for ever; how many events each."""
+        ...
+
+    async def seek(self, stream: str, group: str, start: Start, *, live: bool = False) -> None:
+        """Move a group to another place. Events behind it come (again), whatever became of them; dead letters stay.
+
+        What is pending, or parked, behind that place is forgotten, since it comes again; in an ordered group, what is parked
+        before it stays. Raises `BrokerRefused` for an unknown group, and for one with members, unless `live`: then these
+        lose what they hold.
+        """
+        ...
+
+    async def forget(self, stream: str, group: str) -> None:
+        """Delete a group with all that it has: its place, what waits, its dead letters. Raises `BrokerRefused` as `seek`."""
         ...
 
 

@@ -21,12 +21,13 @@ from millstream.brokers.share import share
 from millstream.brokers.window import Window
 from millstream.clock import Clock
 from millstream.errors import BrokerError, BrokerFull, LeaseLost
-from millstream.telemetry import BROKER_ERROR, Telemetry, logger
+from millstream.telemetry import ACQUIRED, BROKER_ERROR, RELEASED, Telemetry, logger
 from millstream.units import DEAD_FULL_S, MAX_PARKED
 
 LOOK_S = 0.5  # how often the others are looked at, at most: a takeover follows within a second of the lease
 MAX_HEADS = 32  # of a partition, begun in one step
 MAX_READ = 1_000  # events in one answer
+FULL_TOLD_S = 1.0  # a partition that waits since too much is parked says so this often, at most
 LEAST_WAIT_S = 0.001  # due times are whole milliseconds
 
 
@@ -51,8 +52,13 @@ class OrderedConsumer:
         self._lost: set[Position] = set()
         self._asked: set[int] = set()
         self._promised: dict[tuple[int, int], float] = {}
+        self._ownerless: dict[tuple[int, int], float] = {}
         self._look_at = 0.0
         self._changed = asyncio.Event()
+        self._begun: list[Claim] = []
+        self._left_out: set[int] = set()
+        self._full_told_s = -FULL_TOLD_S
+        self._waits_until_ms = 0.0
         self._entering = asyncio.Lock()
         self._committing = asyncio.Lock()
         self._turn = 0
@@ -68,16 +74,22 @@ class OrderedConsumer:
         until = self._clock.monotonic() + wait_s
         while True:
             changed = self._changed
+            ledger = await self._living()
             try:
-                ledger = await self._living()
-                claims = await self._begin_heads(ledger, limit)
+                await self._begin_heads(ledger, limit)
+                claims = self._take_begun(limit)
                 claims += self._hand_out(limit - len(claims))
                 left_s = until - self._clock.monotonic()
                 if not claims:
-                    await self._read(ledger, limit, min(left_s, self._due_s(ledger)), changed)
+                    wait_s = max(0.0, min(left_s, self._due_s(ledger)))
+                    self._waits_until_ms = ledger.now_ms + wait_s * 1000
+                    try:
+                        await self._read(ledger, limit, wait_s, changed)
+                    finally:
+                        self._waits_until_ms = 0.0
                     claims = self._hand_out(limit)
             except LeaseLost as error:
-                self._end(error)
+                self._end(ledger, error)
                 claims = []
             if claims or self._clock.monotonic() >= until:
                 return claims
@@ -114,15 +126,15 @@ class OrderedConsumer:
 
     async def keep(self) -> Kept:
         """Beat; take, ask for and give partitions; tell what was lost, and what others ask for."""
+        ledger = await self._living()
         try:
-            ledger = await self._living()
             await ledger.beat()
             with suppress(BrokerFull):  # which `settle` tells
                 await self._commit(list(self._windows.values()))
             if self._clock.monotonic() >= self._look_at:
                 await self._share()
         except LeaseLost as error:
-            self._end(error)
+            self._end(ledger, error)
         lost, self._lost = frozenset(self._lost), set()
         asked, self._asked = frozenset(self._asked), set()
         if lost:
@@ -141,15 +153,18 @@ class OrderedConsumer:
         self._closed = True
         ledger = self._ledger
         try:
-            for window in list(self._windows.values()):
-                await self._release(window)
-            if ledger is not None:
-                await ledger.leave()
+            try:
+                for window in list(self._windows.values()):
+                    await self._release(window)
+            finally:
+                if ledger is not None:
+                    await ledger.leave()
         except BrokerError as error:
             name = self._subscription.group
             logger.info("group %s was left without saying so, others take over what was held: %s", name, error)
         self._windows.clear()
         self._wake()
+        self._ledger = None
 
     # Lives.
 
@@ -165,7 +180,9 @@ class OrderedConsumer:
                 self._ledger, self._look_at = ledger, 0.0
             return self._ledger
 
-    def _end(self, error: LeaseLost) -> None:
+    def _end(self, ledger: Ledger, error: LeaseLost) -> None:
+        if self._ledger is not ledger:
+            return  # that life is over already, and another one has begun
         self._complain(error)
         self._ledger = None
         for window in list(self._windows.values()):
@@ -183,6 +200,10 @@ class OrderedConsumer:
         if self._ledger is not None:
             self._ledger.wake()
 
+    def _emit(self, name: str, window: Window, **more: object) -> None:
+        group, stream = self._subscription.group, self._subscription.stream.name
+        self._telemetry.emit(name, group=group, stream=stream, partition=window.partition, token=window.epoch, **more)
+
     def _complain(self, error: BrokerError) -> None:
         group, stream = self._subscription.group, self._subscription.stream.name
         self._telemetry.emit(BROKER_ERROR, group=group, error=error)
@@ -197,7 +218,7 @@ class OrderedConsumer:
         view = await ledger.look()
         self._compare(ledger, view)
         barred = {position.partition for position in self._lost}
-        steps = share(ledger.name, view, self._reserved(view, now), barred)
+        steps = share(ledger.name, view, self._reserved(view, now), barred, self._overdue(view, now))
         unseen = [lease for lease in view.leases if lease.owner == ledger.name and lease.partition not in self._windows]
         for lease in (*unseen, *steps.take):  # unseen: acquired by a call whose answer never came
             if lease.partition not in barred:
@@ -235,6 +256,13 @@ class OrderedConsumer:
         patience_s = self._subscription.lease_s / 2
         return {partition for (partition, _), since in self._promised.items() if now - since < patience_s}
 
+    def _overdue(self, view: View, now: float) -> set[int]:
+        """Partitions that have been nobody's since an earlier look: those who might have taken them have not."""
+        owners = [(lease.partition, lease.epoch) for lease in view.leases if lease.owner not in view.members]
+        self._ownerless = {owner: self._ownerless.get(owner, now) for owner in owners}
+        patience_s = min(LOOK_S, self._subscription.lease_s / 4)
+        return {partition for (partition, _), since in self._ownerless.items() if now - since >= patience_s}
+
     async def _acquire(self, ledger: Ledger, lease: Lease) -> None:
         grant = await ledger.acquire(lease)
         if grant is None:
@@ -248,6 +276,7 @@ class OrderedConsumer:
             if not claims:
                 window.caught_up()
         self._windows[grant.partition] = window
+        self._emit(ACQUIRED, window, clean=grant.clean)
         self._wake()
 
     def _tell(self, grant: Grant) -> None:
@@ -272,9 +301,10 @@ class OrderedConsumer:
             await self._commit([window])
         if self._windows.get(window.partition) is not window:
             return
-        leases = (view or await ledger.look()).leases
-        await ledger.release(window.partition, window.epoch, leases[window.partition].want)
+        heir = (view or await ledger.look()).leases[window.partition].want
+        await ledger.release(window.partition, window.epoch, heir)
         self._windows.pop(window.partition, None)
+        self._emit(RELEASED, window, heir=heir)
         self._look_at = 0.0
         self._wake()
 
@@ -294,6 +324,10 @@ class OrderedConsumer:
         return claims
 
     def _tell_full(self, window: Window) -> None:
+        now = self._clock.monotonic()
+        if now < self._full_told_s + FULL_TOLD_S:
+            return
+        self._full_told_s = now
         self._complain(
             BrokerFull(
                 f"partition {window.partition} waits: {window.events_parked:,} of its events are parked. Mend what fails, "
@@ -301,13 +335,22 @@ class OrderedConsumer:
             )
         )
 
-    async def _begin_heads(self, ledger: Ledger, limit: int) -> list[Claim]:
-        claims: list[Claim] = []
+    def _take_begun(self, limit: int) -> list[Claim]:
+        ours = [claim for claim in self._begun if self._is_held(claim)]
+        self._begun = ours[limit:]
+        return ours[:limit]
+
+    def _is_held(self, claim: Claim) -> bool:
+        position = claim.stored.position
+        window = self._windows.get(position.partition)
+        return window is not None and window.epoch == claim.token and window.holds(position.offset)
+
+    async def _begin_heads(self, ledger: Ledger, limit: int) -> None:
         for window in list(self._windows.values()):
-            if window.draining or window.due_ms > ledger.now_ms or len(claims) >= limit:
+            if window.draining or window.due_ms > ledger.now_ms or len(self._begun) >= limit:
                 continue
             window.due_ms = float("inf")  # what becomes due while we ask is noted again
-            count = min(limit - len(claims), MAX_HEADS)
+            count = min(limit - len(self._begun), MAX_HEADS)
             try:
                 found = await ledger.heads(window.partition, window.epoch, window.busy(), count)
             except BaseException:
@@ -315,10 +358,9 @@ class OrderedConsumer:
                 raise
             if found is None:
                 self._lose(window)
-            elif self._windows.get(window.partition) is window:
+            elif self._windows.get(window.partition) is window and not window.draining:
                 window.due_ms = min(window.due_ms, found.due_ms)
-                claims += window.begin(found.heads)
-        return claims
+                self._begun += window.begin(found.heads)
 
     async def _read(self, ledger: Ledger, limit: int, wait_s: float, changed: asyncio.Event) -> None:
         cursors = {
@@ -326,12 +368,13 @@ class OrderedConsumer:
             for partition, window in self._windows.items()
             if window.cursor.room > 0 and window.events_parked < self._max_parked
         }
+        self._left_out = self._windows.keys() - cursors.keys()
         if not cursors:
-            await self._clock.wait(changed, max(0.0, wait_s))
+            await self._clock.wait(changed, wait_s)
             return
         epochs = {partition: cursor.epoch for partition, cursor in cursors.items()}
         found: dict[int, list[Claim]] = defaultdict(list)
-        for claim in await ledger.read(cursors, max(limit, MAX_READ), max(0.0, wait_s)):
+        for claim in await ledger.read(cursors, max(limit, MAX_READ), wait_s):
             found[claim.stored.position.partition].append(claim)
         for partition, claims in found.items():
             window = self._windows.get(partition)
@@ -355,18 +398,28 @@ class OrderedConsumer:
             if full:
                 raise BrokerFull(f"no room for outputs or dead letters of group {self._subscription.group!r}")
 
+    def _rouse(self, windows: Iterable[Window]) -> None:
+        """Wake a fetch that waits for what is there now: an event, a head, or room to read more."""
+        for window in windows:
+            room = window.partition in self._left_out and window.cursor.room > 0
+            if self._waits_until_ms and (window.ready or room or window.due_ms < self._waits_until_ms):
+                self._wake()
+                return
+
     async def _commit_once(self, windows: Sequence[Window], full: list[Window]) -> list[Window]:
         ledger = await self._living()
         now_s = self._clock.monotonic()
         made = [(window, window.commit(now_s, room=window not in full)) for window in windows]
         commits = [(window, commit) for window, commit in made if commit is not None]
         if not commits:
+            self._rouse(windows)
             return []
         try:
             answers = await ledger.commit([commit for _, commit in commits])
         except LeaseLost as error:
-            self._end(error)
+            self._end(ledger, error)
             return []
+        again: list[Window] = []
         for (window, _), answer in zip(commits, answers, strict=True):
             if answer.state is State.LOST:
                 self._lose(window)
@@ -378,5 +431,8 @@ class OrderedConsumer:
                 )
                 window.bury_later(int(ledger.now_ms + DEAD_FULL_S * 1000))
             elif answer.state is State.FULL:
+                if window in full:
+                    continue  # there is no room for anything at all
                 full.append(window)
-        return [window for window, _ in commits if self._windows.get(window.partition) is window]
+            again.append(window)
+        return [window for window in again if self._windows.get(window.partition) is window]

@@ -24,12 +24,19 @@ class Share(NamedTuple):
     """Each to its `want`."""
 
 
-def share(me: str, view: View, promised: Collection[int] = (), barred: Collection[int] = ()) -> Share:
-    """A member's next steps. `promised` partitions are left for those whom they were released to, `barred` ones alone."""
+def share(
+    me: str, view: View, promised: Collection[int] = (), barred: Collection[int] = (), overdue: Collection[int] = ()
+) -> Share:
+    """A member's next steps.
+
+    `promised` partitions are left for those whom they were released to, `barred` ones are left alone. `overdue` ones have
+    been nobody's for a while, since somebody who counts as a member has died meanwhile: whoever sees them takes them.
+    """
     members, leases = view.members, view.leases
     least, over = divmod(len(leases), len(members))
     owned = Counter(lease.owner for lease in leases if lease.owner in members)
-    above = sum(count > least for owner, count in owned.items() if owner != me)
+    will = _will(view, owned, least, promised)
+    above = sum(count > least for member, count in will.items() if member != me)
     most = least + (above < over)  # no more of us than needed have one more, or one would have to move again
     free = [
         lease
@@ -40,20 +47,34 @@ def share(me: str, view: View, promised: Collection[int] = (), barred: Collectio
     ]
     free.sort(key=lambda lease: (lease.next != me, _rank(me, lease.partition)))
     take = free[: max(0, most - owned[me])]
-    asked = sum(lease.want == me and owned[lease.owner] > least for lease in leases)
-    missing = least - owned[me] - len(take) - asked
-    spare = {owner: count - least for owner, count in owned.items()}
-    for lease in leases:
-        if lease.want in members and lease.owner in members:
-            spare[lease.owner] -= 1
+    take += [lease for lease in free[len(take) :] if lease.partition in overdue]
+    will[me] = max(will[me], owned[me] + len(take))
+    others = [lease for lease in leases if lease.owner in members - {me} and lease.want not in members]
     ask: list[Lease] = []
-    for lease in sorted(leases, key=lambda lease: (-owned[lease.owner], _rank(me, lease.partition))):
-        others = lease.owner in members and lease.owner != me and lease.want not in members
-        if missing > len(ask) and others and spare[lease.owner] > 0:
-            spare[lease.owner] -= 1
-            ask.append(lease)
+    while others and will[me] < most:
+        lease = min(others, key=lambda lease: (-will[lease.owner], _rank(me, lease.partition)))
+        if will[lease.owner] < will[me] + 2:
+            break
+        others.remove(lease)
+        will[lease.owner] -= 1
+        will[me] += 1
+        ask.append(lease)
     wanted = [lease for lease in leases if lease.owner == me and lease.want in members and lease.want != me]
     return Share(take, ask, wanted[: max(0, owned[me] - least)])
+
+
+def _will(view: View, owned: Counter[str], least: int, promised: Collection[int]) -> Counter[str]:
+    """Who will have how many, once all is given that is asked for and spare, and all is taken that is promised."""
+    will = owned.copy()
+    spare = {owner: count - least for owner, count in owned.items()}
+    for lease in view.leases:
+        if not lease.owner and lease.next in view.members and lease.partition in promised:
+            will[lease.next] += 1
+        elif lease.owner in view.members and lease.want in view.members - {lease.owner} and spare[lease.owner] > 0:
+            spare[lease.owner] -= 1
+            will[lease.owner] -= 1
+            will[lease.want] += 1
+    return will
 
 
 def _rank(name: str, partition: int) -> bytes:

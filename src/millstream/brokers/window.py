@@ -23,6 +23,7 @@ from enum import IntEnum
 from itertools import islice, takewhile
 from typing import NamedTuple
 
+from msgspec import Struct
 from msgspec.structs import replace
 
 from millstream.brokers.base import Claim, Dead, Done, Later, Outcome, Output, Position, Settlement
@@ -57,28 +58,34 @@ class Phase(IntEnum):
     COVERED = 4
 
 
-class Slot:
+class Slot(Struct, gc=False, eq=False):
     """One event of the window."""
 
-    __slots__ = ("claim", "effects", "handled", "key", "offset", "phase", "retried")
-
-    def __init__(self, claim: Claim, offset: str, key: str) -> None:
-        self.claim = claim
-        self.offset = offset
-        self.key = key
-        self.phase = Phase.READY
-        self.effects: Sequence[Effect] = ()
-        self.handled = False
-        self.retried = False
+    claim: Claim
+    offset: str
+    key: str
+    phase: Phase = Phase.READY
+    effects: Sequence[Effect] = ()
+    handled: bool = False
+    retried: bool = False
 
 
 class _Ended(NamedTuple):
     """A head whose outcome is known."""
 
-    key: str
+    head: Head
     effects: Sequence[Effect]
-    handled: bool
-    retried: bool
+    handled: bool = False
+    retried: bool = False
+    given_back: bool = False
+
+    @property
+    def key(self) -> str:
+        return self.head.key
+
+    @property
+    def offset(self) -> str:
+        return self.head.claim.stored.position.offset
 
 
 class _Sending(NamedTuple):
@@ -141,18 +148,19 @@ class Window:
 
     def put(self, claims: Iterable[Claim]) -> None:
         """Take in what was read, in order."""
+        slots, add = self._slots, self._ready.append
+        fresh = (
+            not self._grant.h and self._grant.clean
+        )  # nothing was left by the last owner that would have to be looked at
         for claim in claims:
-            offset = claim.stored.position.offset
-            key = claim.stored.record.key or keyless(offset)
-            self._number += 1
-            slot = self._slots[offset] = Slot(claim, offset, key)
-            if self._settled_before(offset):
-                slot.phase = Phase.COVERED
-            else:
-                if not self._grant.clean:
-                    slot.claim = self._suspected(claim, offset)
-                self._ready.append(slot)
+            stored = claim.stored
+            offset = stored.position.offset
+            slot = slots[offset] = Slot(claim, offset, stored.record.key or keyless(offset))
             self._cursor = offset
+            if fresh:
+                add(slot)
+            else:
+                self._inherit(slot)
 
     # Handing out.
 
@@ -172,6 +180,11 @@ class Window:
             out[key] = out.get(key, 0) + 1
             claims.append(slot.claim)
         return claims
+
+    @property
+    def ready(self) -> bool:
+        """True while something that was read can be handed out."""
+        return bool(self._ready) and not self.draining
 
     def busy(self) -> list[str]:
         """Parked keys whose head is not to be begun now."""
@@ -212,7 +225,7 @@ class Window:
             return True
         slot = self._slots.get(offset)
         if slot is None or slot.phase is Phase.READY or slot.phase is Phase.COVERED:
-            return any(effect for ended in self._ended for effect in ended.effects if _is_of(effect, offset))
+            return any(ended.offset == offset and not ended.given_back for ended in self._ended)
         if slot.phase is Phase.OUT:
             self._settle(slot, outcome, outputs)
         return True
@@ -227,8 +240,9 @@ class Window:
         for index, ended in enumerate(self._ended):
             for effect in ended.effects:
                 if isinstance(effect, Bury):
-                    delay = Delay(ended.key, effect.stored.position.offset, at_ms, effect.attempts - 1, 0)
-                    self._ended[index] = _Ended(ended.key, (delay,), handled=False, retried=False)
+                    postponed = ended.head.claim.postponed
+                    delay = Delay(ended.key, ended.offset, at_ms, effect.attempts - 1, postponed)
+                    self._ended[index] = _Ended(ended.head, (delay,))
         self._sending = None
 
     def give_back(self) -> None:
@@ -241,8 +255,9 @@ class Window:
         for offset, head in self._heads.items():
             claim = head.claim
             delay = Delay(head.key, offset, 0, claim.attempt - 1, claim.postponed)
-            self._ended.append(_Ended(head.key, (delay,), handled=False, retried=False))
+            self._ended.append(_Ended(head, (delay,), given_back=True))
         self._heads.clear()
+        self._h_s = -_NEVER  # the next commit tells all that is settled: who comes next is not to repeat it
 
     # Committing.
 
@@ -309,16 +324,18 @@ class Window:
 
     # Below: how.
 
-    def _settled_before(self, offset: str) -> bool:
-        grant = self._grant
-        return bool(grant.h) and offset not in grant.open and after(grant.h, offset, or_equal=True)
-
-    def _suspected(self, claim: Claim, offset: str) -> Claim:
-        grant = self._grant
-        if self._number > self._size or not (grant.last and after(grant.last, offset, or_equal=True)):
-            return claim
-        crashes = grant.notes.get(offset, 0)
-        return replace(claim, attempt=1 + crashes, suspect=1 + crashes)
+    def _inherit(self, slot: Slot) -> None:
+        """An event that the last owner may have settled, or may have been killed by."""
+        grant, offset = self._grant, slot.offset
+        self._number += 1
+        if grant.h and offset not in grant.open and after(grant.h, offset, or_equal=True):
+            slot.phase = Phase.COVERED
+            return
+        seen = self._number <= self._size and grant.last and after(grant.last, offset, or_equal=True)
+        if seen and not grant.clean:
+            crashes = grant.notes.get(offset, 0)
+            slot.claim = replace(slot.claim, attempt=1 + crashes, suspect=1 + crashes)
+        self._ready.append(slot)
 
     def _settle(self, slot: Slot, outcome: Outcome, outputs: Sequence[Output]) -> None:
         claim, key = slot.claim, slot.key
@@ -410,9 +427,13 @@ def _ahead(slots: Iterable[Slot], room: bool) -> tuple[str, Sequence[str], list[
     """`h`, `open`, and the settled events that they cover."""
     h, opened, covered = "", 0, []
     unsettled: list[str] = []
+    keys: set[str] = (
+        set()
+    )  # of these: nothing of a key goes past an event that stays, or a crash would turn them around
     for slot in slots:
-        if not _coverable(slot, room):
+        if slot.phase is not Phase.COVERED and (slot.key in keys or not _coverable(slot, room)):
             unsettled.append(slot.offset)
+            keys.add(slot.key)
             continue
         h, opened = slot.offset, len(unsettled)
         if slot.phase is Phase.SETTLED:
@@ -428,20 +449,16 @@ def _needs_room(effects: Iterable[Effect]) -> bool:
     return any(isinstance(effect, NEEDS_ROOM) for effect in effects)
 
 
-def _is_of(effect: Effect, offset: str) -> bool:
-    return isinstance(effect, Pop | Delay) and effect.offset == offset
-
-
 def _end_of_head(head: Head, outcome: Outcome, outputs: Sequence[Output]) -> _Ended:
     key, claim = head.key, head.claim
     offset = claim.stored.position.offset
     match outcome:
         case Done():
-            return _Ended(key, (*outputs, Pop(key, offset)), handled=True, retried=False)
+            return _Ended(head, (*outputs, Pop(key, offset)), handled=True)
         case Dead(reason=reason, error=error):
             buried = Bury(claim.stored, reason, error, claim.attempt)
-            return _Ended(key, (*outputs, buried, Pop(key, offset)), handled=False, retried=False)
+            return _Ended(head, (*outputs, buried, Pop(key, offset)))
         case Later(at_ms=at_ms, error=error, counted=counted):
             attempts, postponed = claim.attempt - (not counted), claim.postponed + (not counted)
             delay = Delay(key, offset, at_ms, attempts, postponed, error)
-            return _Ended(key, (delay,), handled=False, retried=counted)
+            return _Ended(head, (delay,), retried=counted)

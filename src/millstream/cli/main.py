@@ -33,8 +33,10 @@ COMMANDS = {
     "publish": ("events", "Publish one event, or JSON lines."),
     "tail": ("events", "Show the events of a stream."),
     "stream": ("streams", "List streams, show one."),
-    "group": ("groups", "List groups, show one, adopt one."),
+    "group": ("groups", "List groups; show, adopt, move or forget one."),
     "dead": ("dead", "Dead letters: list, show, replay, drop."),
+    "key": ("keys", "Keys that wait: list, show, release, drop."),
+    "replay": ("replay", "Let one group see events again."),
 }
 """Each command: its module in this folder, and what `--help` says about it."""
 
@@ -43,9 +45,9 @@ DONE, PART, USAGE, BROKER, REFUSED, FAULT, INTERRUPTED = 0, 1, 2, 3, 4, 70, 130
 EXIT_CODES = {
     DONE: "done",
     PART: "done in part, or found something",
-    USAGE: "wrong usage; unknown app, stream, group or dead letter; unusable event or setting",
+    USAGE: "wrong usage; unknown app, stream, group, key or dead letter; unusable event or setting",
     BROKER: "the broker cannot be reached, or refused us",
-    REFUSED: "refused to act: not confirmed, StreamMismatch, GroupOwned",
+    REFUSED: "refused to act: not confirmed, a group that runs or would skip events, StreamMismatch, GroupOwned",
     FAULT: "a fault of Millstream",
     INTERRUPTED: "interrupted",
 }
@@ -57,10 +59,14 @@ class Mistake(click.ClickException):
     exit_code = USAGE
 
 
-class NotConfirmed(click.ClickException):
-    """Nothing was changed, since nobody said yes."""
+class Refused(click.ClickException):
+    """Nothing was changed, since it would do harm as things are now."""
 
     exit_code = REFUSED
+
+
+class NotConfirmed(Refused):
+    """Nothing was changed, since nobody said yes."""
 
 
 def exit_code(error: BaseException) -> int:

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 from millstream.errors import BadHandler, BadSetting, BadStream
 from millstream.handlers import signature
-from millstream.handlers.subscriber import NEVER, Middleware, StartAt, Subscriber
+from millstream.handlers.subscriber import NEVER, Middleware, Order, StartAt, Subscriber
 from millstream.retry import Batch, Retry
 from millstream.stream import Position, Stream
 from millstream.units import MAX_CONCURRENCY, Duration, check_name, seconds
@@ -70,13 +70,15 @@ class Router:
         timeout: Duration | None = None,
         concurrency: int | None = None,
         start: StartAt | None = None,
+        order: Order | None = None,
     ) -> Callable[[H], H]:
         """Bind a handler to a stream under a group; the handler stays a plain callable.
 
         Every group gets every event; the handlers of one group share its events by type. The group is a durable name: it
-        keeps its place when the handler is renamed or moved. `start` counts at its birth only. Events of a group are
-        handled in any order, up to `concurrency` at once in each process (default 64; batches: 1; plain functions: 16
-        threads). Raises `BadHandler` at once.
+        keeps its place when the handler is renamed or moved. `start` counts at its birth only. Up to `concurrency` events
+        are handled at once in each process (default 64; batches: 1; plain functions: 16 threads). With `order="key"`, the
+        default where the stream has a key, these are events of different keys: those of one key come one after the other,
+        and wait while one of them is retried. With `order="none"` they come in any order. Raises `BadHandler` at once.
         """
         _check_stream(stream)
         if not isinstance(group, str):
@@ -85,13 +87,14 @@ class Router:
         if concurrency is not None and not 1 <= concurrency <= MAX_CONCURRENCY:
             raise BadSetting(f"concurrency={concurrency!r}: from 1 to {MAX_CONCURRENCY:,}")
         _checked_timeout(timeout)
+        _check_order(stream, order)
 
         def bind(handler: H) -> H:
             read = signature.read(handler, stream)
             if batch is not None and not read.batch:
                 raise BadHandler(f"{read.where}: batch= needs a list; write events: list[…]")
             self._subscribers.append(
-                Subscriber(stream, group, handler, read, batch, retry, timeout, concurrency, start)
+                Subscriber(stream, group, handler, read, batch, retry, timeout, concurrency, start, order)
             )
             return handler
 
@@ -147,6 +150,15 @@ class Router:
 def _check_stream(stream: Any) -> None:
     if not isinstance(stream, Stream):
         raise BadStream(f"{stream!r} is not a stream; write orders = Stream('orders', OrderPlaced) and give that")
+
+
+def _check_order(stream: Stream[Any], order: Order | None) -> None:
+    if order not in (None, "key", "none"):
+        raise BadHandler(f"order={order!r}: 'key' or 'none'")
+    if order == "key" and stream.key is None:
+        raise BadHandler(
+            f"order='key': stream {stream.name!r} has no key; declare one with Stream({stream.name!r}, …, key=…)"
+        )
 
 
 def _checked_timeout(timeout: Duration | None) -> Duration | None:

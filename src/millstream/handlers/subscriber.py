@@ -17,6 +17,9 @@ from millstream.units import Duration
 StartAt: TypeAlias = Literal["beginning", "now"] | datetime | timedelta
 """Where a group begins at its birth: with the first event kept, the next one, a time, or that long ago."""
 
+Order: TypeAlias = Literal["key", "none"]
+"""Events of one key one after the other, in the order in which they were published; or all in any order."""
+
 DEFAULT_TIMEOUT = "1m"  # a hung handler holds its event for ever and looks like slowness
 NEVER = "never"
 
@@ -52,6 +55,7 @@ class Subscriber:
     timeout: Duration | None = None
     concurrency: int | None = None
     start: StartAt | None = None
+    order: Order | None = None
     middleware: tuple[Middleware, ...] = ()
 
     def within(self, retry: Retry | None, timeout: Duration | None, middleware: tuple[Middleware, ...]) -> Subscriber:
@@ -83,6 +87,14 @@ class Group:
             self.batch = first.batch or Batch()
         self.concurrency: int | None = self._one("concurrency")
         self.start: StartAt = self._one("start") or "beginning"
+        self.order: Order = self._one("order") or ("key" if self.stream.key is not None else "none")
+        """Of the group as a whole: its handlers share one order, across all types."""
+        for subscriber in subscribers:
+            if self.order == "none" and subscriber.retry is not None and subscriber.retry.then == "hold":
+                raise BadHandler(
+                    f"{subscriber.signature.where}: Retry(then='hold') makes a key wait, and group {self.name!r} has no "
+                    "order of keys: give its stream a key, or write then='skip'"
+                )
 
     def _add(self, subscriber: Subscriber) -> None:
         if subscriber.stream is not self.stream:

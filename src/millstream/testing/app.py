@@ -29,7 +29,7 @@ from millstream.clock import Clock
 from millstream.delivery import Delivery, Envelope
 from millstream.errors import MillstreamError, WireError
 from millstream.stream import Position, Stream
-from millstream.telemetry import DEAD, LISTENER_FAILED, RETRIED
+from millstream.telemetry import DEAD, HELD, LISTENER_FAILED, RETRIED
 from millstream.testing.clock import VirtualClock
 from millstream.units import Duration, seconds
 from millstream.wire import codec
@@ -220,7 +220,7 @@ class TestApp:
         return letters
 
     def _heard(self, name: str, measurements: Mapping[str, Any]) -> None:
-        if name in (RETRIED, LISTENER_FAILED, DEAD):
+        if name in (RETRIED, LISTENER_FAILED, DEAD, HELD):
             error = measurements.get("exception")
             if isinstance(error, BaseException):
                 self._errors.append(error)

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 from millstream.brokers.base import Claim, Dead, Done, Later, Outcome, Output, Settlement
+from millstream.brokers.ledger import HELD_MS
 from millstream.clock import Clock
 from millstream.delivery import Delivery
 from millstream.errors import BadSetting, BatchFailed, Reject, RetryLater, Skip, WireError
@@ -20,7 +21,7 @@ from millstream.handlers.depends import Plan, ProcessScope, Replacements
 from millstream.handlers.subscriber import DEFAULT_TIMEOUT, NEVER, Call, Group, Handle, Subscriber
 from millstream.retry import Retry
 from millstream.stream import Stream
-from millstream.telemetry import DEAD, POSTPONED, RETRIED, SKIPPED, Telemetry
+from millstream.telemetry import DEAD, HELD, POSTPONED, RETRIED, SKIPPED, Telemetry
 from millstream.units import MAX_ERROR_CHARS, MAX_POSTPONED, seconds
 from millstream.wire import codec
 from millstream.worker.threads import Threads
@@ -132,9 +133,9 @@ class Route:
             case RetryLater():
                 return self._dead(claim, "failed", f"put off {MAX_POSTPONED:,} times by RetryLater")
             case _ if isinstance(error, self._never):
-                return self._dead(claim, "never", _text(error), error)
+                return self._give_up(claim, "never", _text(error), error)
             case _ if claim.attempt >= self._retry.attempts:
-                return self._dead(claim, "failed", _text(error), error)
+                return self._give_up(claim, "failed", _text(error), error)
         delay_s = self._retry.delay_s(claim.attempt, self._clock.chance())
         self._tell(RETRIED, claim, delay_s=delay_s, exception=error)
         last_line = "".join(traceback.format_exception_only(error)).strip()
@@ -144,7 +145,7 @@ class Route:
         """The end of an event that took its process down once too often, the last time alone; it is not tried again."""
         if claim.suspect < 3 or claim.attempt <= self._retry.attempts:
             return None
-        return self._dead(claim, "crashed", f"its process died in {claim.attempt - 1} attempts, the last time alone")
+        return self._give_up(claim, "crashed", f"its process died in {claim.attempt - 1} attempts, the last time alone")
 
     def _invoke(self, call: Call) -> Awaitable[None]:
         deliveries = call.deliveries
@@ -178,6 +179,7 @@ class Route:
             claim.attempt >= self._retry.attempts,
             None if timeout_s == float("inf") else self._clock.now_ms() + int(timeout_s * 1000),
             self._shop.stage,
+            claim.token,
         )
 
     def _postponed(self, claim: Claim, verdict: RetryLater) -> Outcome:
@@ -187,6 +189,13 @@ class Route:
             return self.outcome(claim, wrong)
         self._tell(POSTPONED, claim, delay_s=delay_s)
         return Later(self._clock.now_ms() + int(delay_s * 1000), "", counted=False)
+
+    def _give_up(self, claim: Claim, reason: str, error: str, exception: BaseException | None = None) -> Outcome:
+        if self._retry.then == "skip":
+            return self._dead(claim, reason, error, exception)
+        error = _storable(error)
+        self._tell(HELD, claim, reason=reason, error=error, exception=exception)
+        return Later(HELD_MS, error)
 
     def _dead(self, claim: Claim, reason: str, error: str, exception: BaseException | None = None) -> Dead:
         error = _storable(error)

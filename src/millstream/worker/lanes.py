@@ -10,6 +10,9 @@ can be told from one that the handler raised itself:
     TIMEOUT   the event failed, like any other failure
     LOST      somebody else has the event by now: nothing is settled, what it published is dropped
     CUT       the grace is over: nothing is settled, the event goes back
+
+A group that keeps the order of keys has one claim of a key in the queue or in a lane. When that one must be tried again, the
+claims that wait for it are put back behind it, uncounted: nobody may overtake it.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequen
 from contextlib import asynccontextmanager
 from enum import Enum
 
-from millstream.brokers.base import Claim, Consumer, Position, Settlement
+from millstream.brokers.base import Claim, Consumer, Later, Outcome, Output, Position, Settlement
 from millstream.clock import Clock
 from millstream.errors import BrokerError, LeaseLost
 from millstream.handlers.subscriber import Group
@@ -29,8 +32,10 @@ from millstream.units import seconds
 from millstream.worker.backoff import Backoff
 from millstream.worker.call import DONE, Route, unhandled
 from millstream.worker.keeper import Keeper
+from millstream.worker.order import KeyOrder
 
 _FOREVER = float("inf")
+_BEHIND = Later(0, "", counted=False)
 _TURN_S = 0.005  # a lane that never suspends lets the heartbeat, the settler and the reader run this often
 _SWEEP_S = 5.0  # a timeout is noticed within a tenth of it, and within this time
 
@@ -83,13 +88,15 @@ class Gate:
 class Lane:
     """One handler at a time."""
 
-    __slots__ = ("cause", "claims", "deadline", "task")
+    __slots__ = ("cause", "claims", "deadline", "task", "waits")
 
     def __init__(self) -> None:
         self.task: asyncio.Task[None] | None = None
         self.claims: Sequence[Claim] = ()
         self.deadline = _FOREVER
         self.cause: Cause | None = None
+        self.waits: set[str | None] = set()
+        """Of a batch: the keys of which an event must be tried again."""
 
     def cancel(self, cause: Cause) -> None:
         """Cancel the handler that runs now, if one does."""
@@ -142,6 +149,9 @@ class Lanes:
         self._caught_up = caught_up
         self._dropped = dropped
         self._queue: deque[Claim] = deque()
+        self._order = KeyOrder() if group.order == "key" else None
+        self._draining: frozenset[int] = frozenset()
+        self._freed: asyncio.Event | None = None
         self._lanes = [Lane() for _ in range(concurrency)]
         self._idle: list[asyncio.Future[None]] = []
         self._waking = False
@@ -153,18 +163,35 @@ class Lanes:
 
     def put(self, claims: Iterable[Claim]) -> None:
         """Queue claims."""
+        if self._order is not None:
+            claims = list(claims)
+            wanted = [claim for claim in claims if claim.stored.position.partition not in self._draining]
+            self._dropped(len(claims) - len(wanted))
+            claims = self._order.arrive(wanted)
         self._queue.extend(claims)
         self._more.set()
         self._wake()
 
     def discard(self, lost: frozenset[Position]) -> None:
         """Forget what is not ours any more: queued claims go, handlers that run on one are cancelled."""
-        before = len(self._queue)
-        self._queue = deque(claim for claim in self._queue if claim.stored.position not in lost)
-        self._dropped(before - len(self._queue))
+        self._forget(lambda claim: claim.stored.position in lost)
         for lane in self._lanes:
             if any(claim.stored.position in lost for claim in lane.claims):
                 lane.cancel(Cause.LOST)
+
+    @asynccontextmanager
+    async def drained(self, partitions: frozenset[int]) -> AsyncIterator[None]:
+        """Start nothing more of these partitions; inside the block nothing of them runs."""
+        self._draining |= partitions
+        self._forget(lambda claim: claim.stored.position.partition in partitions)
+        self._freed = freed = self._freed or asyncio.Event()
+        try:
+            while any(claim.stored.position.partition in partitions for lane in self._lanes for claim in lane.claims):
+                freed.clear()
+                await freed.wait()
+            yield
+        finally:
+            self._draining -= partitions
 
     def stop(self) -> None:
         """Start nothing more; `run` ends when the running handlers have ended."""
@@ -201,7 +228,7 @@ class Lanes:
                 self._wake()
             route = self._routes.get(claim.stored.record.type)
             if route is None or claim.fault:
-                self._settle(Settlement(claim.stored.position, unhandled(claim, self._group, self._telemetry)))
+                self._end(claim, unhandled(claim, self._group, self._telemetry))
             elif claim.suspect:
                 await self._suspects(lane, route, (claim,))
             else:
@@ -217,9 +244,11 @@ class Lanes:
         except BaseException as error:
             self._failed(lane, route, error)
         else:
-            self._settle(Settlement(claim.stored.position, DONE, outputs))
+            self._end(claim, DONE, outputs)
         finally:
             gate.leave()
+            if self._freed is not None:
+                self._freed.set()
             lane.free()
 
     async def _batches(self, lane: Lane) -> None:
@@ -229,19 +258,26 @@ class Lanes:
                 claims = await self._gather()
             if not claims:
                 return
-            known: list[Claim] = []
-            for claim in claims:
-                if claim.fault or claim.stored.record.type not in self._routes:
-                    self._settle(Settlement(claim.stored.position, unhandled(claim, self._group, self._telemetry)))
-                else:
-                    known.append(claim)
-            if not known:
-                continue
-            route = self._routes[known[0].stored.record.type]
-            if any(claim.suspect for claim in known):
-                await self._suspects(lane, route, known)
+            lane.waits.clear()
+            await self._batch(lane, claims)
+            if self._order is not None:
+                for key in dict.fromkeys(claim.stored.record.key for claim in claims):
+                    self._next(key, wait=key in lane.waits)
+
+    async def _batch(self, lane: Lane, claims: Sequence[Claim]) -> None:
+        known: list[Claim] = []
+        for claim in claims:
+            if claim.fault or claim.stored.record.type not in self._routes:
+                self._settle(Settlement(claim.stored.position, unhandled(claim, self._group, self._telemetry)))
             else:
-                await self._handle_batch(lane, route, known)
+                known.append(claim)
+        if not known:
+            return
+        route = self._routes[known[0].stored.record.type]
+        if any(claim.suspect for claim in known):
+            await self._suspects(lane, route, known)
+        else:
+            await self._handle_batch(lane, route, known)
 
     async def _gather(self) -> list[Claim]:
         """The next batch: full, or what came within the time. Empty when there will be no more."""
@@ -249,21 +285,30 @@ class Lanes:
         size = self._group.batch.size
         while await self._ready():
             until = self._clock.monotonic() + self._within_s
-            while len(self._queue) < size and not self._stopping:
+            while self._queued() < size and not self._stopping:
                 left_s = until - self._clock.monotonic()
                 self._more.clear()
                 if left_s <= 0 or not await self._clock.wait(self._more, left_s):
                     break
             if not await self._ready():  # while we gathered, trust may have run out or the gate have closed
                 break
-            batch: list[Claim] = []
-            while len(batch) < size and self._queue and not self._stopping:
-                if batch and max(self._queue[0].suspect, batch[0].suspect) > 1:
-                    break  # who was running in a crash is called alone
-                batch.append(self._queue.popleft())
+            batch = self._take(size)
             if batch:
                 return batch
         return []
+
+    def _take(self, size: int) -> list[Claim]:
+        batch: list[Claim] = []
+        while len(batch) < size and self._queue and not self._stopping:
+            if batch and max(self._queue[0].suspect, batch[0].suspect) > 1:
+                break  # who was running in a crash is called alone
+            batch.append(self._queue.popleft())
+            if self._order is not None and batch[-1].suspect <= 1:
+                batch += self._order.join(batch[-1].stored.record.key, size - len(batch))
+        return batch
+
+    def _queued(self) -> int:
+        return len(self._queue) + (self._order.waiting if self._order is not None else 0)
 
     async def _handle_batch(self, lane: Lane, route: Route, claims: Sequence[Claim]) -> None:
         claims, deliveries, undecodable = route.delivered(claims)
@@ -275,19 +320,23 @@ class Lanes:
         lane.claims = claims
         lane.deadline = self._clock.monotonic() + route.timeout_s
         try:
-            for settlement in await route.batch(claims, deliveries):
-                self._settle(settlement)
+            for claim, settlement in zip(claims, await route.batch(claims, deliveries), strict=True):
+                if not self._is_behind(lane, claim):
+                    self._settle(settlement)
+                    self._note(lane, claim, settlement.outcome)
         except BaseException as error:
             self._failed(lane, route, error)
         finally:
             self._gate.leave()
+            if self._freed is not None:
+                self._freed.set()
             lane.free()
 
     async def _suspects(self, lane: Lane, route: Route, claims: Sequence[Claim]) -> None:
         """Events that a crash left behind: noted as started first, and alone if they were running in one."""
         killed = route.killed(claims[0])
         if killed is not None:
-            self._settle(Settlement(claims[0].stored.position, killed))
+            self._end_failed(lane, claims[0], killed)
         elif claims[0].suspect <= 1:
             if await self._begin(claims):
                 while self._gate.closed:
@@ -318,7 +367,7 @@ class Lanes:
                 await backoff.pause(error)
             else:
                 return True
-        self._dropped(len(claims))
+        self._drop(claims)
         return False
 
     async def _ready(self) -> bool:
@@ -364,7 +413,7 @@ class Lanes:
         if isinstance(error, KeyboardInterrupt | GeneratorExit):
             raise error
         if cause is Cause.LOST or cause is Cause.CUT:
-            self._dropped(len(claims))
+            self._drop(claims)
             return
         if cause is Cause.TIMEOUT:
             self._telemetry.emit(
@@ -372,7 +421,65 @@ class Lanes:
             )
             error = TimeoutError(f"the handler had not ended after {route.timeout_s:g} s")
         for claim in claims:
-            self._settle(Settlement(claim.stored.position, route.outcome(claim, error)))
+            if not self._is_behind(lane, claim):
+                self._end_failed(lane, claim, route.outcome(claim, error))
+
+    # The order of keys.
+
+    def _end(self, claim: Claim, outcome: Outcome, outputs: Sequence[Output] = ()) -> None:
+        """Settle a claim that was handled by itself, and let the next one of its key start."""
+        self._settle(Settlement(claim.stored.position, outcome, outputs))
+        if self._order is not None:
+            self._next(claim.stored.record.key, wait=type(outcome) is Later)
+
+    def _end_failed(self, lane: Lane, claim: Claim, outcome: Outcome) -> None:
+        if self._group.batch is None:
+            self._end(claim, outcome)
+        else:
+            self._settle(Settlement(claim.stored.position, outcome))
+            self._note(lane, claim, outcome)
+
+    def _drop(self, claims: Sequence[Claim]) -> None:
+        """Forget claims without an outcome."""
+        self._dropped(len(claims))
+        if self._order is not None and self._group.batch is None:
+            for claim in claims:
+                self._next(claim.stored.record.key, wait=False)
+
+    def _next(self, key: str | None, *, wait: bool) -> None:
+        """A key's claim has ended: the next one starts; or, where that one must be tried again, all go back behind it."""
+        assert self._order is not None
+        claim = self._order.ended(key)
+        while wait and claim is not None:
+            self._settle(Settlement(claim.stored.position, _BEHIND))
+            claim = self._order.ended(key)
+        if claim is not None:
+            self._queue.append(claim)
+            self._more.set()
+            self._wake()
+
+    def _is_behind(self, lane: Lane, claim: Claim) -> bool:
+        """True, and it is put back, when an event of its key before it in the batch must be tried again."""
+        behind = claim.stored.record.key in lane.waits
+        if behind:
+            self._settle(Settlement(claim.stored.position, _BEHIND))
+        return behind
+
+    def _note(self, lane: Lane, claim: Claim, outcome: Outcome) -> None:
+        key = claim.stored.record.key
+        if self._order is not None and key is not None and type(outcome) is Later:
+            lane.waits.add(key)
+
+    def _forget(self, gone: Callable[[Claim], bool]) -> None:
+        """Drop claims that have not started."""
+        waited = self._order.discard(gone) if self._order is not None else 0
+        forgotten = [claim for claim in self._queue if gone(claim)]
+        if forgotten:
+            self._queue = deque(claim for claim in self._queue if not gone(claim))
+            if self._order is not None:
+                for claim in forgotten:
+                    self._next(claim.stored.record.key, wait=False)
+        self._dropped(len(forgotten) + waited)
 
     async def _sweep(self) -> None:
         """Cancel handlers that are past their deadline. Ends by cancellation."""

@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 
 from millstream.brokers.base import Broker, Start, StreamSpec, Subscription
 from millstream.clock import Clock
+from millstream.errors import NotSupported
 from millstream.handlers.depends import ProcessScope, Replacements
 from millstream.handlers.subscriber import Group, StartAt, Subscriber
 from millstream.settings import Settings
@@ -113,6 +114,7 @@ async def working(
                     owner,
                     _start(group.start, clock),
                     settings.lease_s,
+                    _ordered(group, broker),
                 ),
                 broker=broker,
                 gate=gate,
@@ -135,6 +137,14 @@ async def working(
                 for task in listening:
                     task.cancel()
                 await process.drain()
+
+
+def _ordered(group: Group, broker: Broker) -> bool:
+    if group.order == "key" and not broker.traits.order:
+        raise NotSupported(
+            f"{broker.url} cannot consume in the order of keys, which group {group.name!r} asks for: write order='none'"
+        )
+    return group.order == "key"
 
 
 def _start(start: StartAt, clock: Clock) -> Start:

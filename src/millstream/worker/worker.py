@@ -62,6 +62,8 @@ class Worker:
         self._max_in_flight = max(settings.max_in_flight or 2 * self._max_running, batch_size)
         self._lanes: Lanes | None = None
         self._room = asyncio.Event()
+        self._asked: set[int] = set()
+        self._ask = asyncio.Event()
         self._stopping = asyncio.Event()
         self.joined = asyncio.Event()
         """Set when the group exists and we are a member of it."""
@@ -98,8 +100,10 @@ class Worker:
                     async with asyncio.TaskGroup() as working:
                         working.create_task(self._lanes.run())
                         fetching = working.create_task(self._fetch(consumer, self._lanes))
+                        handing = working.create_task(self._hand_over(consumer, self._lanes, settler))
                         await self._stopping.wait()
                         fetching.cancel()
+                        handing.cancel()
                         self._lanes.stop()
                     settler.stop()
                 beating.cancel()
@@ -135,6 +139,28 @@ class Worker:
                 self.in_flight += len(claims)
                 lanes.put(claims)
 
+    async def _hand_over(self, consumer: Consumer, lanes: Lanes, settler: Settler) -> None:
+        """Give partitions to those who ask for them. Ends by cancellation: closing gives all of them back."""
+        async with asyncio.TaskGroup() as giving:
+            while True:
+                await self._ask.wait()
+                self._ask.clear()
+                partitions, self._asked = frozenset(self._asked), set()
+                giving.create_task(self._give(partitions, consumer, lanes, settler))
+
+    async def _give(self, partitions: frozenset[int], consumer: Consumer, lanes: Lanes, settler: Settler) -> None:
+        """Finish what runs of these partitions and give them up. One that cannot be given now goes with a later beat."""
+        backoff = Backoff("hand over partitions", self.group.name, self._clock, self._telemetry)
+        async with lanes.drained(partitions):
+            while True:
+                await settler.caught_up()
+                try:
+                    await consumer.release(partitions)
+                except BrokerError as error:
+                    await backoff.pause(error)
+                else:
+                    return
+
     def _left(self, events: int) -> None:
         """Events have left our hands: settled, or lost."""
         self.in_flight -= events
@@ -144,6 +170,9 @@ class Worker:
         if kept.lost and self._lanes is not None:
             self._telemetry.emit(LOST, group=self.group.name, positions=kept.lost)
             self._lanes.discard(kept.lost)
+        if kept.drain:
+            self._asked |= kept.drain
+            self._ask.set()
 
 
 def _concurrency(group: Group, settings: Settings) -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby, islice
+from typing import TypeVar, cast
 
 from millstream.brokers.base import (
     Claim,
@@ -24,6 +25,7 @@ from millstream.brokers.base import (
     GroupInfo,
     Kept,
     Later,
+    ParkedKey,
     PendingInfo,
     Position,
     Record,
@@ -47,6 +49,8 @@ from millstream.errors import BrokerRefused, LeaseLost, NotSupported
 from millstream.settings import Settings
 from millstream.telemetry import Telemetry
 from millstream.units import DEAD_FULL_S
+
+G = TypeVar("G", Group, OrderedGroup)
 
 LEAST_WAIT_S = 0.001  # due times are whole milliseconds: a shorter wait would spin until the next one
 
@@ -102,19 +106,24 @@ class MemoryBroker:
     async def subscribe(self, subscription: Subscription) -> MemoryConsumer | OrderedConsumer:
         """Join a group, which is made if it is new."""
         await self.declare(subscription.stream)
-        log, name, owner = self.logs[subscription.stream.name], subscription.group, subscription.owner
-        make = OrderedGroup if subscription.order else Group
-        group = log.groups.setdefault(name, make(log, name, owner, log.find(subscription.start)))
-        check_owner(log.spec.name, name, group.owner, owner)
-        check_mode(log.spec.name, name, isinstance(group, OrderedGroup), subscription.order)
-        if isinstance(group, Group):
-            return MemoryConsumer(self, group, subscription.lease_s)
-        ordered = group
+        if not subscription.order:
+            return MemoryConsumer(self, subscription)
         consumer = OrderedConsumer(
-            lambda: MemoryLedger(self, ordered, subscription), subscription, self.clock, self._telemetry
+            lambda: MemoryLedger(self, self.join(subscription, OrderedGroup), subscription),
+            subscription,
+            self.clock,
+            self._telemetry,
         )
         await consumer.enter()
         return consumer
+
+    def join(self, subscription: Subscription, kind: type[G]) -> G:
+        """The group, which is made if it is new. Raises `GroupOwned`, `NotSupported`."""
+        log, name, owner = self.logs[subscription.stream.name], subscription.group, subscription.owner
+        group = log.groups.setdefault(name, kind(log, name, owner, log.find(subscription.start)))
+        check_owner(log.spec.name, name, group.owner, owner)
+        check_mode(log.spec.name, name, isinstance(group, OrderedGroup), subscription.order)
+        return cast("G", group)
 
     def quiet(self) -> bool:
         """True when nothing can happen before time passes or an event is published.
@@ -149,11 +158,12 @@ class MemoryBroker:
 class MemoryConsumer:
     """One member of a group. When it was found silent, `keep` tells it so, and it claims nothing before."""
 
-    def __init__(self, broker: MemoryBroker, group: Group, lease_s: float) -> None:
+    def __init__(self, broker: MemoryBroker, subscription: Subscription) -> None:
         self._broker = broker
         self._clock = broker.clock
-        self._group = group
-        self._lease_s = lease_s
+        self._subscription = subscription
+        self._lease_s = subscription.lease_s
+        self._group = broker.join(subscription, Group)
         self._member = self._enter()
 
     async def fetch(self, limit: int, wait_s: float) -> list[Claim]:
@@ -183,13 +193,14 @@ class MemoryConsumer:
         return [self._settle(settlement) for settlement in settlements]
 
     async def keep(self) -> Kept:
-        """Heartbeat. After this consumer was found silent: enter the group again, and tell what it lost."""
+        """Heartbeat. After all was taken from this consumer: enter the group again, and tell what it lost."""
         member, now_s = self._member, self._clock.monotonic()
-        if member.silent(now_s):
+        if member.silent(now_s) or not member.present:
             self._group.log.wake()  # a fetch that waits may claim, and judge others, from now on
         if member.present:
             member.beat_s = now_s
             return Kept()
+        self._group = self._broker.join(self._subscription, Group)  # another one, when it was forgotten
         self._member = self._enter()
         return Kept(lost=frozenset(member.held))
 
@@ -272,14 +283,62 @@ class MemoryAdmin:
 
     async def adopt(self, stream: str, group: str, owner: str) -> None:
         """Make another app the owner of a group."""
-        found = self._group(stream, group)
-        if found is None:
-            raise BrokerRefused(f"stream {stream!r} has no group {group!r}")
-        found.owner = owner
+        self._known(stream, group).owner = owner
+
+    async def keys(self, stream: str, group: str, limit: int = 100) -> list[ParkedKey]:
+        """The keys that wait, those that were parked first first."""
+        found = self._ordered(stream, group)
+        return found.keys()[:limit] if found else []
+
+    async def parked(self, key: ParkedKey, limit: int = 100) -> list[Stored]:
+        """The events that wait of a key, in order."""
+        found = self._ordered(key.stream, key.group)
+        return found.parked(key)[:limit] if found else []
+
+    async def release_keys(self, keys: Sequence[ParkedKey]) -> list[bool]:
+        """Let keys be tried at once, attempts counted anew."""
+        groups = [self._ordered(key.stream, key.group) for key in keys]
+        return [group is not None and group.release_key(key) for group, key in zip(groups, keys, strict=True)]
+
+    async def drop_keys(self, keys: Sequence[ParkedKey]) -> list[int]:
+        """Discard all that is parked of these keys, for ever."""
+        groups = [self._ordered(key.stream, key.group) for key in keys]
+        return [group.drop_key(key) if group else 0 for group, key in zip(groups, keys, strict=True)]
+
+    async def seek(self, stream: str, group: str, start: Start, *, live: bool = False) -> None:
+        """Move a group to another place."""
+        found = self._known(stream, group)
+        if not live:
+            self._check_no_members(found)
+        found.seek(found.log.find(start))
+
+    async def forget(self, stream: str, group: str) -> None:
+        """Delete a group with all that it has."""
+        found = self._known(stream, group)
+        self._check_no_members(found)
+        del found.log.groups[group]
+        found.evict()
 
     def _take(self, letter: DeadLetter, replay: bool) -> bool:
         group = self._group(letter.stream, letter.group)
-        return group is not None and group.take_letter(letter.ref, replay)
+        return group is not None and group.take_letter(letter.ref, self._broker.clock.now_ms(), replay=replay)
+
+    def _check_no_members(self, group: Group | OrderedGroup) -> None:
+        count = group.info(self._broker.clock.monotonic()).consumers
+        if count:
+            raise BrokerRefused(
+                f"group {group.name!r} of stream {group.log.spec.name!r} has {count} members: stop them"
+            )
+
+    def _known(self, stream: str, group: str) -> Group | OrderedGroup:
+        found = self._group(stream, group)
+        if found is None:
+            raise BrokerRefused(f"stream {stream!r} has no group {group!r}")
+        return found
+
+    def _ordered(self, stream: str, group: str) -> OrderedGroup | None:
+        found = self._group(stream, group)
+        return found if isinstance(found, OrderedGroup) else None
 
     def _group(self, stream: str, group: str) -> Group | OrderedGroup | None:
         log = self._broker.logs.get(stream)

@@ -142,7 +142,7 @@ class Group:
             member.held, member.present = taken, False  # which `keep` will tell it
             del self.members[member.name]
 
-    def take_letter(self, ref: str, replay: bool) -> bool:
+    def take_letter(self, ref: str, now_ms: int, *, replay: bool) -> bool:
         """Remove a dead letter, to forget it or to let its event wait as a new one; False when it is gone."""
         letter = self.dead.pop(ref, None)
         if letter is None:
@@ -150,8 +150,22 @@ class Group:
         self.count["replayed" if replay else "dropped"] += 1
         if replay:
             pending = self.pending[letter.stored.position] = Pending(letter.stored)
-            self._wait(pending, 0)
+            self._wait(pending, now_ms)
         return True
+
+    def seek(self, begin: list[int]) -> None:
+        """Go on behind so many events of each partition; what is pending is forgotten."""
+        self.evict()
+        self.pending.clear()
+        self.due.clear()
+        self.cursor = begin
+        self.log.wake()
+
+    def evict(self) -> None:
+        """Take away what all members hold, which `keep` will tell them."""
+        for member in self.members.values():
+            member.present = False
+        self.members.clear()
 
     def quiet(self, now_ms: int) -> bool:
         """True when nothing can happen before time passes or an event is published."""

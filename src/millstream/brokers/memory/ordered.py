@@ -9,8 +9,18 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from millstream.brokers.base import Claim, DeadLetter, GroupInfo, Output, PendingInfo, Stored, Subscription
+from millstream.brokers.base import (
+    Claim,
+    DeadLetter,
+    GroupInfo,
+    Output,
+    ParkedKey,
+    PendingInfo,
+    Stored,
+    Subscription,
+)
 from millstream.brokers.ledger import (
+    HELD_MS,
     Bury,
     Commit,
     Committed,
@@ -26,6 +36,8 @@ from millstream.brokers.ledger import (
     State,
     View,
 )
+from millstream.brokers.window import keyless
+from millstream.errors import LeaseLost
 from millstream.units import MAX_DEAD, MAX_ERROR_CHARS
 
 if TYPE_CHECKING:
@@ -40,6 +52,7 @@ class _Queue:
     """What is parked of one key. The figures are those of its first event."""
 
     due_ms: float
+    since_ms: int
     events: deque[Stored] = field(default_factory=deque)
     attempts: int = 0
     postponed: int = 0
@@ -49,8 +62,16 @@ class _Queue:
 
     def next(self) -> None:
         self.events.popleft()
+        self.anew()
+
+    def anew(self) -> None:
+        """The head is due, and was never tried."""
         self.attempts = self.postponed = self.crashes = 0
         self.started, self.error, self.due_ms = False, "", 0.0
+
+    def shown_due_ms(self) -> int | None:
+        """For people: when the head is tried; None while it waits for one of them."""
+        return None if self.due_ms >= HELD_MS else int(self.due_ms)
 
     def ended(self, due_ms: float, attempts: int, postponed: int, error: str) -> None:
         """The head has come to an end that is not its last: it did not kill its process."""
@@ -88,6 +109,25 @@ class _Part:
 
     def events_parked(self) -> int:
         return sum(len(queue.events) for queue in self.parked.values())
+
+    def fence(self) -> None:
+        """The lease is nobody's; whoever had it finds that out. Nothing crashed."""
+        self.owner, self.want, self.next, self.clean = "", "", "", True
+        self.epoch += 1
+
+    def seek(self, w: int) -> None:
+        """Go on behind so many events. What is parked behind them comes again, and is parked no more."""
+        self.fence()
+        self.w, self.h, self.open = w, "", frozenset()
+        self.notes.clear()
+        for key, queue in list(self.parked.items()):
+            head = queue.events[0]
+            queue.events = deque(stored for stored in queue.events if int(stored.position.offset) <= w)
+            queue.started = False
+            if not queue.events:
+                del self.parked[key]
+            elif queue.events[0] is not head:
+                queue.anew()
 
 
 class OrderedGroup:
@@ -154,7 +194,7 @@ class OrderedGroup:
         heads = [self._begin(part.parked[key], key, part.epoch) for key in due[:limit]]
         return Heads(heads, ready[len(heads)][0] if len(ready) > len(heads) else _NEVER)
 
-    def take_letter(self, ref: str, replay: bool) -> bool:
+    def take_letter(self, ref: str, now_ms: int, *, replay: bool) -> bool:
         """Remove a dead letter, to forget it or to park its event as a new one; False when it is gone."""
         letter = self.dead.pop(ref, None)
         if letter is None:
@@ -162,19 +202,69 @@ class OrderedGroup:
         self.count["replayed" if replay else "dropped"] += 1
         if replay:
             stored = letter.stored
-            key = stored.record.key or f"\0{stored.position.offset}"
-            self.parts[stored.position.partition].parked.setdefault(key, _Queue(0.0)).events.append(stored)
+            key = stored.record.key or keyless(stored.position.offset)
+            parked = self.parts[stored.position.partition].parked
+            parked.setdefault(key, _Queue(0.0, now_ms)).events.append(stored)
             self.log.wake()
         return True
 
+    def keys(self) -> list[ParkedKey]:
+        """The keys that wait, those that were parked first first."""
+        found = [
+            ParkedKey(
+                self.log.spec.name,
+                self.name,
+                partition,
+                key,
+                len(queue.events),
+                queue.events[0].position,
+                queue.attempts,
+                queue.shown_due_ms(),
+                queue.error,
+                queue.since_ms,
+            )
+            for partition, part in enumerate(self.parts)
+            for key, queue in part.parked.items()
+        ]
+        return sorted(found, key=lambda key: key.since_ms)
+
+    def parked(self, key: ParkedKey) -> list[Stored]:
+        """The events that wait of a key."""
+        queue = self.parts[key.partition].parked.get(key.key)
+        return list(queue.events) if queue else []
+
+    def release_key(self, key: ParkedKey) -> bool:
+        """Let a key be tried at once, attempts counted anew; False when it does not wait."""
+        queue = self.parts[key.partition].parked.get(key.key)
+        if queue is not None:
+            queue.anew()
+            self.log.wake()
+        return queue is not None
+
+    def drop_key(self, key: ParkedKey) -> int:
+        """Discard what is parked of a key; how many events."""
+        queue = self.parts[key.partition].parked.pop(key.key, None)
+        return len(queue.events) if queue else 0
+
+    def seek(self, begin: Sequence[int]) -> None:
+        """Go on behind so many events of each partition."""
+        for part, count in zip(self.parts, begin, strict=True):
+            part.seek(count)
+        self.log.wake()
+
+    def evict(self) -> None:
+        """Take all leases away."""
+        for part in self.parts:
+            part.fence()
+
     def quiet(self, now_ms: int) -> bool:
         """True when nothing can happen before time passes or an event is published."""
-        return self._lag() == 0 and (self.next_due_ms() or _NEVER) > now_ms
+        return self._lag() == 0 and min(part.due_ms() for part in self.parts) > now_ms
 
     def next_due_ms(self) -> int | None:
         """When the first parked key is due."""
         due_ms = min(part.due_ms() for part in self.parts)
-        return None if due_ms == _NEVER else int(due_ms)
+        return None if due_ms >= HELD_MS else int(due_ms)
 
     def info(self, now_s: float) -> GroupInfo:
         """The group as it is now; what is parked is pending."""
@@ -186,7 +276,7 @@ class OrderedGroup:
     def pending_infos(self) -> list[PendingInfo]:
         """What is parked."""
         return [
-            PendingInfo(stored.position, "", queue.attempts, int(min(queue.due_ms, 2**62)))
+            PendingInfo(stored.position, "", queue.attempts, queue.shown_due_ms())
             for part in self.parts
             for queue in part.parked.values()
             for stored in queue.events
@@ -205,10 +295,12 @@ class OrderedGroup:
                 queue = part.parked.get(key)
                 if queue is None:
                     figures = effect.attempts, effect.postponed
-                    queue = part.parked[key] = _Queue(effect.due_ms, deque(), *figures, error=effect.error)
+                    error = effect.error[:MAX_ERROR_CHARS]
+                    queue = part.parked[key] = _Queue(effect.due_ms, now_ms, deque(), *figures, error=error)
                 queue.events.append(stored)
             case Delay(key=key, offset=offset) if self._is_head(part, key, offset):
-                part.parked[key].ended(effect.due_ms, effect.attempts, effect.postponed, effect.error)
+                error = effect.error[:MAX_ERROR_CHARS]
+                part.parked[key].ended(effect.due_ms, effect.attempts, effect.postponed, error)
             case Pop(key=key, offset=offset) if self._is_head(part, key, offset):
                 part.parked[key].next()
                 if not part.parked[key].events:
@@ -250,7 +342,10 @@ class MemoryLedger:
         self._group.members[self.name] = (self._clock.monotonic(), self._lease_s)
 
     async def beat(self) -> None:
-        """Say that we live."""
+        """Say that we live. Raises `LeaseLost` when the group was forgotten."""
+        group = self._group
+        if group.log.groups.get(group.name) is not group:
+            raise LeaseLost(f"group {group.name!r} of stream {group.log.spec.name!r} was forgotten")
         self._group.members[self.name] = (self._clock.monotonic(), self._lease_s)
 
     async def look(self) -> View:

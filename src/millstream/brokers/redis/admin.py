@@ -1,14 +1,25 @@
-"""What people and monitoring look through on a Redis server. Reads only, but for `replay`, `drop` and `adopt`."""
+"""What people and monitoring look through on a Redis server; what they do to keys and whole groups lies in `people.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from millstream.brokers.base import DeadLetter, GroupInfo, PendingInfo, Position, Record, Stored, StreamInfo
+from millstream.brokers.base import (
+    DeadLetter,
+    GroupInfo,
+    ParkedKey,
+    PendingInfo,
+    Position,
+    Record,
+    Start,
+    Stored,
+    StreamInfo,
+)
 from millstream.brokers.redis.keys import Keys
 from millstream.brokers.redis.link import Link, ReplyError
-from millstream.brokers.redis.members import WAITING
+from millstream.brokers.redis.members import WAITING, Place
+from millstream.brokers.redis.people import People
 from millstream.brokers.redis.scripts import scripts
 from millstream.errors import BadStream, BrokerRefused, WireError
 from millstream.wire import entry
@@ -20,6 +31,8 @@ MAX_COUNTED = 10_000  # events that are counted one by one where the server lost
 _PAGE = 1_000
 _OURS = ("reason", "error", "attempts", "position", "group", "died")  # of a dead letter, before the entry's own fields
 
+_COUNTS = ("retried", "replayed", "dropped", "lost", "done", "given")
+
 Fields = dict[str, Any]
 
 
@@ -28,6 +41,7 @@ class RedisAdmin:
 
     def __init__(self, broker: RedisBroker) -> None:
         self._broker = broker
+        self._people = People(broker)
 
     async def streams(self) -> list[StreamInfo]:
         """All declared streams, by name."""
@@ -37,23 +51,16 @@ class RedisAdmin:
 
     async def groups(self, stream: str) -> list[GroupInfo]:
         """All groups of a stream, by name: those of other clients too, their owner is empty."""
-        keys = await self._keys(stream)
-        if keys is None:
-            return []
-        link = await self._broker.control()
-        replies = await link.calls([("XINFO", "GROUPS", log) for log in keys.logs])
-        parts: dict[str, dict[int, Fields]] = {}
-        for partition, reply in enumerate(replies):
-            for info in _answer(link, reply, ()):
-                fields = _named(info)
-                parts.setdefault(fields["name"].decode(), {})[partition] = fields
-        return [await self._group(link, keys, stream, group, parts[group]) for group in sorted(parts)]
+        parts = await self._parts(stream)
+        return [await self._group(stream, group, parts[group]) for group in sorted(parts)]
 
     async def pending(self, stream: str, group: str, limit: int) -> list[PendingInfo]:
         """The oldest pending events of each partition."""
-        keys = await self._keys(stream)
-        if keys is None:
+        keys, place = await self._keys(stream), await self._people.place(stream, group)
+        if keys is None or place is None:
             return []
+        if b"log" in await self._people.modes(place):
+            return await self._people.pending(place, limit)
         link = await self._broker.control()
         replies = await link.calls([("XPENDING", log, group, "-", "+", limit) for log in keys.logs])
         found: list[PendingInfo] = []
@@ -95,6 +102,10 @@ class RedisAdmin:
                 done.append(False)
                 continue
             p = at.partition
+            if await link.call("HGET", keys.meta(p), f"mode:{group}") == b"log":
+                place = await self._people.place(letter.stream, group)
+                done.append(place is not None and await self._people.replay(place, ref, letter.stored))
+                continue
             where = keys.log(p), keys.due(p, group), keys.dead(p, group), keys.stats(p, group), keys.note(p, group)
             done.append(await link.run(scripts["replay"], where, (group, ref.offset, at.offset)) == 1)
         return done
@@ -113,12 +124,49 @@ class RedisAdmin:
 
     async def adopt(self, stream: str, group: str, owner: str) -> None:
         """Make another app the owner of a group; it keeps its place. Members of the former owner stay until they leave."""
-        keys = await self._keys(stream)
-        if keys is None or group not in {info.group for info in await self.groups(stream)}:
-            raise BrokerRefused(f"stream {stream!r} on {self._broker.url} has no group {group!r}")
-        link = await self._broker.control()
+        await self._info(stream, group)
+        link, keys = await self._broker.control(), self._broker.keys(stream)
         for partition in range(len(keys.logs)):
             await link.call("HSET", keys.meta(partition), f"owner:{group}", owner)
+
+    async def keys(self, stream: str, group: str, limit: int = 100) -> list[ParkedKey]:
+        """The keys that wait, those that were parked first first."""
+        return await self._people.keys(stream, group, limit)
+
+    async def parked(self, key: ParkedKey, limit: int = 100) -> list[Stored]:
+        """The events that wait of a key, in order."""
+        return await self._people.parked(key, limit)
+
+    async def release_keys(self, keys: Sequence[ParkedKey]) -> list[bool]:
+        """Let keys be tried at once, attempts counted anew; False where nothing is parked any more."""
+        return await self._people.release_keys(keys)
+
+    async def drop_keys(self, keys: Sequence[ParkedKey]) -> list[int]:
+        """Discard all that is parked of these keys, for ever; how many events each."""
+        return await self._people.drop_keys(keys)
+
+    async def seek(self, stream: str, group: str, start: Start, *, live: bool = False) -> None:
+        """Move a group to another place. Of a group without order, all partitions move in one step."""
+        place = await self._at_rest(stream, group, live=live)
+        await self._people.seek(place, start, await self._counted(stream, group))
+
+    async def forget(self, stream: str, group: str) -> None:
+        """Delete a group with all that it has, in one step."""
+        await self._people.forget(await self._at_rest(stream, group))
+
+    async def _info(self, stream: str, group: str) -> GroupInfo:
+        for info in await self.groups(stream):
+            if info.group == group:
+                return info
+        raise BrokerRefused(f"stream {stream!r} on {self._broker.url} has no group {group!r}")
+
+    async def _at_rest(self, stream: str, group: str, *, live: bool = False) -> Place:
+        info = await self._info(stream, group)
+        place = await self._people.place(stream, group)
+        assert place is not None
+        if info.consumers and not live:
+            raise BrokerRefused(f"group {group!r} of stream {stream!r} has {info.consumers} members: stop them")
+        return place
 
     async def _keys(self, stream: str) -> Keys | None:
         try:
@@ -144,43 +192,63 @@ class RedisAdmin:
             last_ms=max(last, default=None),
         )
 
-    async def _group(self, link: Link, keys: Keys, stream: str, group: str, parts: Mapping[int, Fields]) -> GroupInfo:
-        names = ("retried", "replayed", "dropped", "lost")
-        scheduled = dead = 0
-        owner = b""
-        counts = dict.fromkeys(names, 0)
-        lags: list[int | None] = []
-        done: list[int | None] = []
-        for partition, fields in parts.items():
-            replies = await link.calls(
-                [
-                    ("ZCARD", keys.due(partition, group)),
-                    ("XLEN", keys.dead(partition, group)),
-                    ("HMGET", keys.stats(partition, group), *names),
-                    ("HMGET", keys.meta(partition), f"owner:{group}", f"start:{group}"),
-                ]
-            )
-            waiting, letters, found, (owns, start) = (_answer(link, reply, None) for reply in replies)
-            stats = dict(zip(names, (int(value or 0) for value in found), strict=True))
-            counts = {name: counts[name] + stats[name] for name in names}
-            scheduled, dead, owner = scheduled + waiting, dead + letters, owns or owner
-            lags.append(await self._lag(link, keys.log(partition), fields))
-            done.append(_done(fields, start, letters + stats["dropped"] + stats["lost"]))
-        pending = sum(fields["pending"] for fields in parts.values())
+    async def _parts(self, stream: str) -> dict[str, dict[int, Fields]]:
+        # What `XINFO GROUPS` says, by group and partition.
+        keys = await self._keys(stream)
+        parts: dict[str, dict[int, Fields]] = {}
+        if keys is None:
+            return parts
+        link = await self._broker.control()
+        replies = await link.calls([("XINFO", "GROUPS", log) for log in keys.logs])
+        for partition, reply in enumerate(replies):
+            for info in _answer(link, reply, ()):
+                fields = _named(info)
+                parts.setdefault(fields["name"].decode(), {})[partition] = fields
+        return parts
+
+    async def _group(self, stream: str, group: str, parts: Mapping[int, Fields]) -> GroupInfo:
+        keys, link = self._broker.keys(stream), await self._broker.control()
+        found = [await self._part(link, keys, group, partition, fields) for partition, fields in parts.items()]
+        lags = [await self._lag(link, keys.log(partition), fields) for partition, fields in parts.items()]
         return GroupInfo(
             stream,
             group,
-            owner.decode(),
+            next((part.owner for part in found if part.owner), ""),
             await self._consumers(link, keys, group),
             _sum(lags),
-            pending,
-            scheduled,
-            dead,
-            _sum(done),
-            counts["retried"],
-            counts["replayed"],
-            counts["dropped"],
+            sum(part.pending for part in found),
+            sum(part.scheduled for part in found),
+            sum(part.dead for part in found),
+            _sum(part.done for part in found),
+            *(sum(part.counts[name] for part in found) for name in ("retried", "replayed", "dropped")),
         )
+
+    async def _part(self, link: Link, keys: Keys, group: str, partition: int, fields: Fields) -> _Part:
+        asked = [
+            ("ZCARD", keys.due(partition, group)),
+            ("XLEN", keys.dead(partition, group)),
+            ("HMGET", keys.stats(partition, group), *_COUNTS),
+            ("HMGET", keys.meta(partition), f"owner:{group}", f"start:{group}", f"mode:{group}"),
+            ("HMGET", keys.lease(partition, group), "done", "retried"),
+            ("HGET", keys.parkinfo(partition, group), "#n"),
+        ]
+        replies = [_answer(link, reply, None) for reply in await link.calls(asked)]
+        waiting, dead, stats, (owner, start, mode), (handled, retried), parked = replies
+        counts = dict(zip(_COUNTS, (int(value or 0) for value in stats), strict=True))
+        given_up = dead + counts["dropped"] + counts["lost"]
+        pending, done = fields["pending"], _done(fields, start, given_up - counts["given"], counts["done"])
+        if mode == b"log":
+            pending = waiting = int(parked or 0)
+            done = int(handled or 0)
+        counts["retried"] += int(retried or 0)
+        return _Part((owner or b"").decode(), pending, waiting, dead, done, given_up, counts)
+
+    async def _counted(self, stream: str, group: str) -> list[tuple[int | None, int]]:
+        link, keys = await self._broker.control(), self._broker.keys(stream)
+        fields = (await self._parts(stream)).get(group, {})
+        unknown: Fields = {"pending": 0, "last-delivered-id": b""}
+        parts = [await self._part(link, keys, group, p, fields.get(p, unknown)) for p in range(len(keys.logs))]
+        return [(part.done, part.given_up) for part in parts]
 
     async def _lag(self, link: Link, log: bytes, fields: Fields) -> int | None:
         if "lag" not in fields or fields["lag"] is not None:
@@ -198,17 +266,30 @@ class RedisAdmin:
         # A beat is a tick, not a time, so one look cannot tell a silent member. But as long as anybody lives, the silent
         # are thrown out; and when nobody does, nobody has swept for a lease. (OBJECT IDLETIME would lie: small integers are
         # shared objects, as old as the server, and nothing is touched while it writes a snapshot.)
-        questions = ("ZCARD", keys.live(group)), ("HGET", keys.meta(0), f"seen:{group}"), ("TIME",)
-        members, seen_ms, now = (_answer(link, reply, None) for reply in await link.calls(questions))
+        questions = ("ZCARD", keys.live(group)), ("HMGET", keys.meta(0), f"seen:{group}", f"entered:{group}"), ("TIME",)
+        members, seen, now = (_answer(link, reply, None) for reply in await link.calls(questions))
         lease_ms = self._broker.settings.lease_s * 1000
-        silent = seen_ms and now and int(now[0]) * 1000 + int(now[1]) // 1000 - int(seen_ms) > lease_ms + 1000
+        seen_ms = int(seen[0] or seen[1] or 0)
+        silent = seen_ms and now and int(now[0]) * 1000 + int(now[1]) // 1000 - seen_ms > lease_ms + 1000
         return 0 if silent else int(members or 0)
 
     async def _found(self, letters: Sequence[DeadLetter]) -> list[tuple[DeadLetter, Keys | None, Position]]:
         return [(letter, await self._keys(letter.stream), Position.parse(letter.ref)) for letter in letters]
 
 
-def _done(fields: Fields, start: bytes | None, given_up: int) -> int | None:
+class _Part(NamedTuple):
+    """One partition's share of a group."""
+
+    owner: str
+    pending: int
+    scheduled: int
+    dead: int
+    done: int | None
+    given_up: int
+    counts: Mapping[str, int]
+
+
+def _done(fields: Fields, start: bytes | None, given_up: int, before: int) -> int | None:
     # Read since the group's birth, and neither pending nor given up. None where the server lost count.
     at, _, ordinal = (start or b"0-0 0").partition(b" ")
     if not ordinal:
@@ -218,7 +299,7 @@ def _done(fields: Fields, start: bytes | None, given_up: int) -> int | None:
         if fields["last-delivered-id"] != at or "entries-read" not in fields:
             return None
         read = int(ordinal)
-    return max(0, int(read - int(ordinal) - fields["pending"] - given_up))
+    return before + max(0, int(read - int(ordinal) - fields["pending"] - given_up))
 
 
 def _letter(stream: str, group: str, partition: int, id_: str, fields: Sequence[bytes]) -> DeadLetter:

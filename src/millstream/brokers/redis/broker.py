@@ -29,10 +29,12 @@ from millstream.brokers.base import (
     Traits,
     check_declared,
 )
+from millstream.brokers.ordered import OrderedConsumer
 from millstream.brokers.redis import control
 from millstream.brokers.redis.admin import RedisAdmin
 from millstream.brokers.redis.consumer import RedisConsumer
 from millstream.brokers.redis.keys import Keys
+from millstream.brokers.redis.ledger import Lives
 from millstream.brokers.redis.link import BLOCK_MARGIN_S, BLOCK_S, Argument, Link, pack
 from millstream.clock import Clock
 from millstream.errors import (
@@ -59,7 +61,7 @@ MAX_LAYOUTS = 1_000  # types and sources whose bytes are kept prepared, per stre
 POLL_S = 0.25  # how often a reader without connection looks
 WIRE_VERSION = b"1"  # of keys and entries, as recorded with each stream
 
-_TRAITS = Traits(order=False, delayed=False, atomic_outputs=False, confirms=frozenset({"memory"}))
+_TRAITS = Traits(order=True, delayed=False, atomic_outputs=False, confirms=frozenset({"memory"}))
 _LAST_SEQUENCE = 18_446_744_073_709_551_615
 _MULTI, _EXEC = pack("MULTI"), pack("EXEC")
 
@@ -223,7 +225,12 @@ class RedisBroker:
 
     async def subscribe(self, subscription: Subscription) -> Consumer:
         """Join a group, which is made if it is new."""
-        return await RedisConsumer.join(self, subscription)
+        if not subscription.order:
+            return await RedisConsumer.join(self, subscription)
+        await self.declare(subscription.stream)
+        consumer = OrderedConsumer(Lives(self, subscription), subscription, self.clock, self.telemetry)
+        await consumer.enter()
+        return consumer
 
     async def _warn(self) -> None:
         if not self._warned:  # those who only look are not bothered

@@ -19,8 +19,6 @@ an ack of an acked entry finds nothing, and all else is compared with owner and 
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -31,23 +29,18 @@ from millstream.brokers.base import (
     Done,
     Kept,
     Later,
-    Output,
     Position,
-    Record,
     Settlement,
-    Start,
     Subscription,
 )
 from millstream.brokers.redis.incarnation import Incarnation, Item
-from millstream.brokers.redis.members import MAX_ITEMS, PREFIX, Place
+from millstream.brokers.redis.members import MAX_ITEMS, Place, behind, new_name
+from millstream.brokers.redis.outputs import append
 from millstream.errors import (
-    BrokerDown,
     BrokerError,
     BrokerFull,
     GroupVanished,
     LeaseLost,
-    NotSupported,
-    PublishError,
 )
 from millstream.telemetry import BROKER_ERROR, logger
 from millstream.units import DEAD_FULL_S, MAX_ERROR_CHARS
@@ -57,8 +50,6 @@ if TYPE_CHECKING:
 
 
 MAX_FORMERS = 16  # lives whose eviction is still owed; the sweep finds all others
-
-_LAST_SEQUENCE = 18_446_744_073_709_551_615
 
 _Plan = dict[int, list[tuple[int, Item]]]
 """Per partition: which settlement, and its verdict."""
@@ -71,10 +62,10 @@ class RedisConsumer:
         self._broker = broker
         self._clock = broker.clock
         self._subscription = subscription
-        self._start = _start(subscription.start)
+        self._start = behind(subscription.start)
         self._life: Incarnation | None = None
         self._lives = 0
-        self._name = f"{PREFIX}{_host()}.{os.getpid()}.{broker.clock.nonce()}"
+        self._name = new_name(broker.clock)
         self._formers: list[Incarnation] = []
         self._lost: set[Position] = set()
         self._told = asyncio.Event()
@@ -85,8 +76,6 @@ class RedisConsumer:
     @classmethod
     async def join(cls, broker: RedisBroker, subscription: Subscription) -> RedisConsumer:
         """Enter a group, which is made if it is new. Raises `GroupOwned`, `StreamMismatch`, `NotSupported`."""
-        if subscription.order:
-            raise NotSupported(f"{broker.url} cannot consume in the order of keys yet")
         consumer = cls(broker, subscription)
         await consumer._living()
         return consumer
@@ -298,27 +287,12 @@ class RedisConsumer:
         refused = await self._apply(life, settlements, plain, results)
         if staged:
             held = [index for index in staged if life.holds(settlements[index].position)]
-            failed = await self._append([output for index in held for output in settlements[index].outputs])
+            failed = await append(self._broker, [output for index in held for output in settlements[index].outputs])
             ready = [index for index in held if failed.keys().isdisjoint(o.stream for o in settlements[index].outputs)]
             refused = await self._apply(life, settlements, ready, results) or refused
             refused = next(iter(failed.values()), refused)
         if refused is not None:
             raise refused
-
-    async def _append(self, outputs: Sequence[Output]) -> dict[str, BrokerError]:
-        # Before their outcomes: an output that is stored twice is an accident, one that is missing a loss.
-        streams: dict[str, list[Record]] = defaultdict(list)
-        for output in outputs:
-            streams[output.stream].append(output.record)
-        failed: dict[str, BrokerError] = {}
-        for stream, records in streams.items():
-            try:
-                await self._broker.append(stream, records)
-            except BrokerError as error:
-                failed[stream] = error
-            except PublishError as error:
-                failed[stream] = BrokerDown(f"outputs for {stream!r}: {error}")
-        return failed
 
     async def _apply(
         self, life: Incarnation, settlements: Sequence[Settlement], indexes: Sequence[int], results: list[bool]
@@ -395,14 +369,3 @@ class RedisConsumer:
         group = self._subscription.group
         self._complain(BrokerFull(f"no room for more dead letters of {group!r}: replay or drop some. Such events wait"))
         return "release", item[1], item[2], int(life.now_ms + DEAD_FULL_S * 1000), b""
-
-
-def _start(start: Start) -> str:
-    if isinstance(start, int):
-        return f"{start - 1}-{_LAST_SEQUENCE}" if start > 0 else "0-0"
-    return "$" if start == "now" else "0-0"
-
-
-def _host() -> str:
-    name = socket.gethostname().partition(".")[0][:32]
-    return "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in name) or "host"

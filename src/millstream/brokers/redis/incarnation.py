@@ -27,12 +27,13 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from millstream.brokers.base import Claim, Position, Stored, Subscription, check_owner
+from millstream.brokers.base import Claim, Position, Stored, Subscription
 from millstream.brokers.redis.claims import again, fault
+from millstream.brokers.redis.joining import join
 from millstream.brokers.redis.link import BLOCK_MARGIN_S, BLOCK_S, Answers, Link, ReplyError, pack
 from millstream.brokers.redis.members import MAX_ITEMS, Members, Place
 from millstream.brokers.redis.scripts import scripts
-from millstream.errors import BrokerDown, BrokerError, BrokerRefused, LeaseLost, NotSupported, WireError
+from millstream.errors import BrokerDown, BrokerError, BrokerRefused, LeaseLost, WireError
 from millstream.units import MAX_DEAD
 from millstream.wire import entry
 
@@ -117,15 +118,8 @@ class Incarnation:
         await self._arm()
 
     async def join(self, start: str) -> None:
-        """Make sure that the group exists on all partitions. Raises `GroupOwned`."""
-        place, owner = self.place, self._subscription.owner
-        for at in place.at:
-            keys = at.log, at.meta, at.due, at.note
-            state, *answer = await self.writer.run(scripts["join"], keys, (place.group, owner, start))
-            if state == b"MODE":
-                raise NotSupported(f"group {place.group!r} of {place.stream!r} is consumed in the order of keys")
-            if state == b"OWNER":
-                check_owner(place.stream, place.group, answer[0].decode(), owner)
+        """Make sure that the group exists on all partitions. Raises `GroupOwned`, `NotSupported`."""
+        await join(self.writer, self.place, self._subscription.owner, start, self._subscription.lease_s)
 
     async def repair(self) -> None:
         """Replace the links that were lost. Raises `LeaseLost` when the server, or our place in it, is another."""

@@ -10,6 +10,10 @@ partition the log is the stream: then the stream's `meta` and the partition's ar
 
 from __future__ import annotations
 
+from hashlib import sha256
+
+MAX_KEY_PART_BYTES = 256  # of an event key that becomes part of a name; a longer one appears as its SHA-256
+
 
 class Keys:
     """The keys of one stream in a namespace."""
@@ -66,6 +70,25 @@ class Keys:
     def meta(self, partition: int) -> bytes:
         """Hash: what must be remembered about the groups of a partition."""
         return self._beside(partition, "meta")
+
+    def lease(self, partition: int, group: str) -> bytes:
+        """Hash `owner epoch seq w wn h open clean was want next done retried`: who may work on it, and how far it is."""
+        return self._beside(partition, f"lease:{group}")
+
+    def parked(self, partition: int, group: str) -> bytes:
+        """Sorted set: event keys that wait, and when their first event is due (milliseconds; 0: at once)."""
+        return self._beside(partition, f"parked:{group}")
+
+    def parkinfo(self, partition: int, group: str) -> bytes:
+        """Hash: `#n` events parked in all; `=<event key>`: `attempts postponed since error` of its first event."""
+        return self._beside(partition, f"parkinfo:{group}")
+
+    def park(self, partition: int, group: str, key: str) -> bytes:
+        """List: the parked events of an event key, oldest first, each whole."""
+        part = key.encode()
+        if len(part) > MAX_KEY_PART_BYTES:
+            part = sha256(part).hexdigest().encode()
+        return self._beside(partition, f"park:{group}:") + part
 
     def _beside(self, partition: int, name: str) -> bytes:
         return b"{%b}:%b" % (self.logs[partition], name.encode())

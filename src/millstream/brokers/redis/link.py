@@ -27,7 +27,7 @@ import asyncio
 import re
 import socket
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
@@ -103,6 +103,10 @@ class Answers:
         self._error = error
         if not self._future.done():  # done: the awaiter was cancelled
             self._future.set_result(None)
+
+    def then(self, call: Callable[[], object]) -> None:
+        """Call back when all have come, no more will, or who awaited them was cancelled."""
+        self._future.add_done_callback(lambda _: call())
 
     def __await__(self) -> Generator[Any, None, list[Any]]:
         yield from self._future.__await__()
@@ -196,6 +200,23 @@ class Link(asyncio.Protocol):
         if isinstance(reply, ReplyError):
             raise self.failure(reply, f"script {script.name}")
         return reply
+
+    async def run_each(
+        self, script: Script, calls: Sequence[tuple[Sequence[Argument], Sequence[Argument]]]
+    ) -> list[Any]:
+        """Run a script once for each pair of keys and arguments, in one write; errors are values (`ReplyError`)."""
+        words = [(len(keys), *keys, *args) for keys, args in calls]
+        replies = await self.calls([("EVALSHA", script.sha, *call) for call in words]) if words else []
+        unknown = [
+            index
+            for index, reply in enumerate(replies)
+            if isinstance(reply, ReplyError) and str(reply).startswith("NOSCRIPT")
+        ]
+        if unknown:
+            again = await self.calls([("EVAL", script.source, *words[index]) for index in unknown])
+            for index, reply in zip(unknown, again, strict=True):
+                replies[index] = reply
+        return replies
 
     async def send(self, packed: bytes, replies: int, deadline_s: float = DEADLINE_S) -> list[Any]:
         """Send prepared bytes that are answered by so many replies, and return these, errors as values."""

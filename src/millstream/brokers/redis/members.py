@@ -12,10 +12,12 @@ repeated by anybody. The sweep looks for what fell through: names without a fenc
 
 from __future__ import annotations
 
+import os
+import socket
 from collections import deque
 from typing import NamedTuple
 
-from millstream.brokers.base import Subscription
+from millstream.brokers.base import Start, Subscription
 from millstream.brokers.redis.keys import Keys
 from millstream.brokers.redis.link import Link, ReplyError
 from millstream.brokers.redis.scripts import scripts
@@ -31,6 +33,8 @@ WATCH_S = 0.5  # at most this often, so that takeover follows within a second of
 SWEEP_S = 5.0  # how long a lost due time, or an entry of a name without fence, may go unseen
 CLAIM_AFTER_S = 60.0  # a foreign client beats for nobody; idle for so long, it is taken for dead
 
+_LAST_SEQUENCE = 18_446_744_073_709_551_615
+
 
 class Spot(NamedTuple):
     """The keys of a group in one partition."""
@@ -41,6 +45,9 @@ class Spot(NamedTuple):
     dead: bytes
     stats: bytes
     meta: bytes
+    lease: bytes
+    parked: bytes
+    parkinfo: bytes
 
 
 class Place:
@@ -59,6 +66,9 @@ class Place:
                 keys.dead(p, group),
                 keys.stats(p, group),
                 keys.meta(p),
+                keys.lease(p, group),
+                keys.parked(p, group),
+                keys.parkinfo(p, group),
             )
             for p in self.partitions
         ]
@@ -69,6 +79,41 @@ class Place:
         """A consumer's right to settle."""
         return self._keys.fence(self.group, consumer)
 
+    def park(self, partition: int, key: str) -> bytes:
+        """The parked events of an event key."""
+        return self._keys.park(partition, self.group, key)
+
+
+class Ticks:
+    """What an observer remembers of the counter of beats."""
+
+    def __init__(self, clock: Clock, lease_s: float) -> None:
+        self._clock = clock
+        self._lease_s = lease_s
+        self._seen: deque[tuple[float, int]] = deque()
+
+    def forget(self) -> None:
+        """Begin anew: we were out of touch."""
+        self._seen.clear()
+
+    def silent_since(self) -> int:
+        """The newest tick that was seen at least a lease ago; -1, before all, while there is none."""
+        now, seen, found = self._clock.monotonic(), self._seen, None
+        if seen and now - seen[-1][0] > self._lease_s / 2:
+            seen.clear()
+        while seen and seen[0][0] <= now - self._lease_s:
+            found = seen.popleft()
+        if found is None:
+            return -1
+        seen.appendleft(found)  # it stays the newest that is old enough, until another one is
+        return found[1]
+
+    def remember(self, tick: int) -> None:
+        """The counter stands here now."""
+        if self._seen and tick < self._seen[-1][1]:
+            self._seen.clear()
+        self._seen.append((self._clock.monotonic(), tick))
+
 
 class Members:
     """The members of a unit as one of them sees them. All methods raise `BrokerError`, and can be called again.
@@ -78,29 +123,25 @@ class Members:
 
     def __init__(self, place: Place, clock: Clock, lease_s: float, name: str) -> None:
         self._place = place
-        self._clock = clock
-        self._lease_s = lease_s
         self._name = name
-        self._seen: deque[tuple[float, int]] = deque()
+        self._ticks = Ticks(clock, lease_s)
         self.watch_s = min(lease_s / 4, WATCH_S)
         self.sweep_s = min(lease_s / 2, SWEEP_S)
         self.claim_after_s = max(CLAIM_AFTER_S, lease_s)
 
     def forget(self) -> None:
         """Begin to observe anew: we were out of touch."""
-        self._seen.clear()
+        self._ticks.forget()
 
     async def watch(self, link: Link) -> set[int]:
         """Look who has been silent for a lease, and take over what they hold."""
-        now = self._clock.monotonic()
-        silent_since = self._silent_since(now)
-        members = ("ZRANGEBYSCORE", self._place.live, "-inf", silent_since)
+        members = ("ZRANGEBYSCORE", self._place.live, "-inf", self._ticks.silent_since())
         replies = await link.calls([("GET", self._place.tick), (*members, "WITHSCORES", "LIMIT", 0, MAX_DEAD_AT_ONCE)])
         for reply in replies:
             if isinstance(reply, ReplyError):
                 raise link.failure(reply, "watch")
         tick, found = replies
-        self._remember(int(tick or 0))
+        self._ticks.remember(int(tick or 0))
         free: set[int] = set()
         for name, score in zip(found[::2], found[1::2], strict=True):
             if name.decode() != self._name:
@@ -149,23 +190,6 @@ class Members:
                 free |= await self._adopt(link, name, partitions)
         return free
 
-    def _silent_since(self, now: float) -> int:
-        # The newest tick that was seen at least a lease ago; -1, before all, while there is none.
-        seen, found = self._seen, None
-        if seen and now - seen[-1][0] > self._lease_s / 2:
-            seen.clear()
-        while seen and seen[0][0] <= now - self._lease_s:
-            found = seen.popleft()
-        if found is None:
-            return -1
-        seen.appendleft(found)  # it stays the newest that is old enough, until another one is
-        return found[1]
-
-    def _remember(self, tick: int) -> None:
-        if self._seen and tick < self._seen[-1][1]:
-            self._seen.clear()
-        self._seen.append((self._clock.monotonic(), tick))
-
     async def _sweep(self, link: Link, partition: int, free: set[int]) -> list[bytes] | None:
         # The consumers of a partition; None when somebody else has swept it just now.
         place = self._place
@@ -197,3 +221,17 @@ class Members:
             if await link.run(scripts["adopt"], keys, (place.group, name, idle_ms, MAX_ITEMS)):
                 free.add(partition)
         return free
+
+
+def new_name(clock: Clock) -> str:
+    """A consumer's name, for people who look at the server; each of its lives adds a number."""
+    host = socket.gethostname().partition(".")[0][:32]
+    host = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in host) or "host"
+    return f"{PREFIX}{host}.{os.getpid()}.{clock.nonce()}"
+
+
+def behind(start: Start) -> str:
+    """The id behind which a new group begins; `$` is the end."""
+    if isinstance(start, int):
+        return f"{start - 1}-{_LAST_SEQUENCE}" if start > 0 else "0-0"
+    return "$" if start == "now" else "0-0"

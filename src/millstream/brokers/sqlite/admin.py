@@ -1,20 +1,33 @@
-"""What people and monitoring look through: reads of the file, each of one state of it, and three verbs."""
+"""What people and monitoring look through: reads of the file, each of one state of it; and what they do, by `verbs.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from sqlite3 import Connection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from millstream.brokers.base import DeadLetter, GroupInfo, PendingInfo, StreamInfo, StreamSpec
-from millstream.brokers.sqlite import group as groups
-from millstream.brokers.sqlite import log
+from millstream.brokers.base import (
+    DeadLetter,
+    GroupInfo,
+    ParkedKey,
+    PendingInfo,
+    Start,
+    Stored,
+    StreamInfo,
+    StreamSpec,
+)
+from millstream.brokers.ledger import HELD_MS
+from millstream.brokers.sqlite import log, parked, verbs
+from millstream.brokers.sqlite.member import alive
+from millstream.brokers.sqlite.parked import Part
 from millstream.errors import BrokerRefused
 
 if TYPE_CHECKING:
     from millstream.brokers.sqlite.broker import SQLiteBroker
 
-MAX_PAGE = 1_000  # dead letters in one answer, at up to 1 MiB each
+T = TypeVar("T")
+
+MAX_PAGE = 1_000  # whole events in one answer, at up to 1 MiB each
 
 
 class SQLiteAdmin:
@@ -49,12 +62,13 @@ class SQLiteAdmin:
         name = self._broker.inside(stream)
 
         def job(db: Connection) -> list[PendingInfo]:
-            known, found = log.find(db, name), _find_group(db, name, group)
-            if known is None or found is None:
+            found = verbs.find(db, name, group)
+            if found is None:
                 return []
-            holders = db.execute("SELECT id, name FROM member WHERE grp = ?", (found,)).fetchall()
-            partitions = range(known.partitions)
-            return [info for p in partitions for info in _pending(db, found, known, p, [(0, ""), *holders], limit)]
+            if found.ordered:
+                return [info for part in found.parts for info in _parked(db, part, limit)]
+            holders = db.execute("SELECT id, name FROM member WHERE grp = ?", (found.id,)).fetchall()
+            return [info for part in found.parts for info in _pending(db, part, [(0, ""), *holders], limit)]
 
         return await self._broker.reader.ask(job)
 
@@ -64,11 +78,11 @@ class SQLiteAdmin:
         behind = int(after) if after.isdecimal() else 0
 
         def job(db: Connection) -> list[DeadLetter]:
+            found = verbs.find(db, name, group)
             rows = db.execute(
-                "SELECT id, reason, error, attempts, died_ms, "
-                "row, event_id, type, source, stored_ms, time_ms, subject, headers, data "
+                f"SELECT id, reason, error, attempts, died_ms, {verbs.LETTER} "  # noqa: S608 - a constant
                 "FROM dead WHERE grp = ? AND id > ? ORDER BY id LIMIT ?",
-                (_find_group(db, name, group), behind, min(limit, MAX_PAGE)),
+                (found.id if found else None, behind, min(limit, MAX_PAGE)),
             )
             return [_letter(stream, group, row) for row in rows.fetchall()]
 
@@ -76,43 +90,108 @@ class SQLiteAdmin:
 
     async def replay(self, letters: Sequence[DeadLetter]) -> list[bool]:
         """Give dead letters back to their own group, attempts counted anew; False where letter or event is gone."""
-        return await self._each(letters, groups.replay)
+        now_ms = self._broker.clock.now_ms()
+        return await self._each_letter(letters, lambda db, group, letter: verbs.replay(db, group, letter, now_ms))
 
     async def drop(self, letters: Sequence[DeadLetter]) -> list[bool]:
         """Discard dead letters for ever; False where the letter is gone."""
-        return await self._each(letters, groups.drop)
+        return await self._each_letter(letters, verbs.drop)
 
     async def adopt(self, stream: str, group: str, owner: str) -> None:
         """Make another app the owner of a group; it keeps its place."""
+
+        def verb(db: Connection, found: verbs.Known) -> None:
+            db.execute("UPDATE grp SET owner = ? WHERE id = ?", (owner, found.id))
+
+        await self._change(stream, group, verb)
+
+    async def keys(self, stream: str, group: str, limit: int = 100) -> list[ParkedKey]:
+        """The keys that wait, those that were parked first first."""
+        name = self._broker.inside(stream)
+
+        def job(db: Connection) -> list[ParkedKey]:
+            found = verbs.find(db, name, group)
+            return _keys(db, stream, group, found.id, limit) if found else []
+
+        return await self._broker.reader.ask(job)
+
+    async def parked(self, key: ParkedKey, limit: int = 100) -> list[Stored]:
+        """The events that wait of a key, in order."""
+        name = self._broker.inside(key.stream)
+
+        def job(db: Connection) -> list[Stored]:
+            found = verbs.find(db, name, key.group)
+            return parked.events(db, found.part(key.partition), key.key, min(limit, MAX_PAGE)) if found else []
+
+        return await self._broker.reader.ask(job)
+
+    async def release_keys(self, keys: Sequence[ParkedKey]) -> list[bool]:
+        """Let keys be tried at once, attempts counted anew; False where nothing is parked any more."""
+        return await self._each_key(keys, verbs.release_key, False)
+
+    async def drop_keys(self, keys: Sequence[ParkedKey]) -> list[int]:
+        """Discard all that is parked of these keys, for ever; how many events each."""
+        return await self._each_key(keys, verbs.drop_key, 0)
+
+    async def seek(self, stream: str, group: str, start: Start, *, live: bool = False) -> None:
+        """Move a group to another place; what is pending, or parked behind that place, is forgotten."""
+        now_s = self._broker.clock.monotonic()
+
+        def verb(db: Connection, found: verbs.Known) -> None:
+            if not live:
+                verbs.check_no_members(db, found, group, now_s)
+            verbs.seek(db, found, start)
+
+        await self._change(stream, group, verb)
+
+    async def forget(self, stream: str, group: str) -> None:
+        """Delete a group with all that it has."""
+        now_s = self._broker.clock.monotonic()
+
+        def verb(db: Connection, found: verbs.Known) -> None:
+            verbs.check_no_members(db, found, group, now_s)
+            verbs.forget(db, found)
+
+        await self._change(stream, group, verb)
+
+    async def _change(self, stream: str, group: str, verb: Callable[[Connection, verbs.Known], None]) -> None:
         name = self._broker.inside(stream)
 
         def job(db: Connection) -> None:
-            found = _find_group(db, name, group)
+            found = verbs.find(db, name, group)
             if found is None:
                 raise BrokerRefused(f"stream {stream!r} has no group {group!r}")
-            db.execute("UPDATE grp SET owner = ? WHERE id = ?", (owner, found))
+            verb(db, found)
 
-        await self._broker.writer.ask(job, durable=True)
+        await self._broker.writer.ask(job, durable=True, rings=True)
 
-    async def _each(self, letters: Sequence[DeadLetter], verb: Callable[[Connection, int, int], bool]) -> list[bool]:
+    async def _each_letter(
+        self, letters: Sequence[DeadLetter], verb: Callable[[Connection, verbs.Known, int], bool]
+    ) -> list[bool]:
         inside = self._broker.inside
 
         def job(db: Connection) -> list[bool]:
-            found = [_find_group(db, inside(letter.stream), letter.group) for letter in letters]
+            found = [verbs.find(db, inside(letter.stream), letter.group) for letter in letters]
             return [
-                id_ is not None and letter.ref.isdecimal() and verb(db, id_, int(letter.ref))
-                for id_, letter in zip(found, letters, strict=True)
+                group is not None and letter.ref.isdecimal() and verb(db, group, int(letter.ref))
+                for group, letter in zip(found, letters, strict=True)
             ]
 
         return await self._broker.writer.ask(job, durable=True, rings=True)
 
+    async def _each_key(
+        self, keys: Sequence[ParkedKey], verb: Callable[[Connection, verbs.Known, int, str], T], nothing: T
+    ) -> list[T]:
+        inside = self._broker.inside
 
-def _find_group(db: Connection, stream: str, group: str) -> int | None:
-    found = db.execute(
-        "SELECT grp.id FROM grp JOIN stream ON stream.id = grp.stream WHERE stream.name = ? AND grp.name = ?",
-        (stream, group),
-    ).fetchone()
-    return found[0] if found else None
+        def job(db: Connection) -> list[T]:
+            found = [verbs.find(db, inside(key.stream), key.group) for key in keys]
+            return [
+                verb(db, group, key.partition, key.key) if group is not None else nothing
+                for group, key in zip(found, keys, strict=True)
+            ]
+
+        return await self._broker.writer.ask(job, durable=True, rings=True)
 
 
 def _stream(db: Connection, name: str, stream: log.Known) -> StreamInfo:
@@ -136,19 +215,18 @@ def _group(db: Connection, stream: str, group: int, now_s: float) -> GroupInfo:
     lag, dead = db.execute(
         "SELECT SUM(last - seq), SUM(dead) FROM cursor JOIN log ON log.id = cursor.log WHERE grp = ?", (group,)
     ).fetchone()
-    pending, waiting = db.execute("SELECT COUNT(*), SUM(consumer = 0) FROM pending WHERE grp = ?", (group,)).fetchone()
-    # A clock that was started anew says nothing about a member that beat before.
-    (alive,) = db.execute(
-        "SELECT COUNT(*) FROM member WHERE grp = ? AND beat_s <= ? AND beat_s + lease_s > ?", (group, now_s, now_s)
+    pending, waiting = db.execute(
+        "SELECT COUNT(*), TOTAL(consumer = 0) FROM pending WHERE grp = ?", (group,)
     ).fetchone()
+    (parked_,) = db.execute("SELECT TOTAL(parked) FROM lease WHERE grp = ?", (group,)).fetchone()
     return GroupInfo(
         stream=stream,
         group=name,
         owner=owner,
-        consumers=alive,
+        consumers=alive(db, group, now_s),
         lag=lag,
-        pending=pending,
-        scheduled=waiting or 0,
+        pending=pending + int(parked_),
+        scheduled=int(waiting + parked_),
         dead=dead,
         done=done,
         retried=retried,
@@ -157,20 +235,53 @@ def _group(db: Connection, stream: str, group: int, now_s: float) -> GroupInfo:
     )
 
 
-def _pending(
-    db: Connection, group: int, stream: log.Known, partition: int, holders: Sequence[tuple[int, str]], limit: int
-) -> list[PendingInfo]:
+def _pending(db: Connection, part: Part, holders: Sequence[tuple[int, str]], limit: int) -> list[PendingInfo]:
     # One small range for each holder, so that a hundred thousand waiting ones are not sorted for the first ten.
+    first, behind = part.log << log.SEQ_BITS, part.log + 1 << log.SEQ_BITS
     found = [
         (row, PendingInfo(log.position_of(row), name, attempt, due_ms))
         for holder, name in holders
         for row, attempt, due_ms in db.execute(
             "SELECT row, attempt, due_ms FROM pending WHERE grp = ? AND consumer = ? AND row BETWEEN ? AND ? "
             "ORDER BY row LIMIT ?",
-            (group, holder, log.first_row(stream.id, partition), log.first_row(stream.id, partition + 1) - 1, limit),
+            (part.group, holder, first, behind - 1, limit),
         )
     ]
     return [info for _, info in sorted(found, key=lambda item: item[0])[:limit]]
+
+
+def _parked(db: Connection, part: Part, limit: int) -> list[PendingInfo]:
+    rows = db.execute(
+        "SELECT row, attempts, due_ms FROM parked JOIN parked_key USING (grp, log, key) WHERE grp = ? AND log = ? "
+        "ORDER BY row LIMIT ?",
+        (*part, limit),
+    )
+    return [
+        PendingInfo(log.position_of(row), "", attempts, _due_ms(due_ms)) for row, attempts, due_ms in rows.fetchall()
+    ]
+
+
+def _keys(db: Connection, stream: str, group: str, id_: int, limit: int) -> list[ParkedKey]:
+    rows = db.execute(
+        "SELECT log, key, attempts, due_ms, error, since_ms, COUNT(*), row, MIN(parked.id) "
+        "FROM (SELECT * FROM parked_key WHERE grp = ? ORDER BY since_ms, log, key LIMIT ?) "
+        "JOIN parked USING (grp, log, key) GROUP BY log, key ORDER BY since_ms, log, key",
+        (id_, limit),
+    )
+    keys = []
+    for _, key, attempts, due_ms, error, since_ms, events, row, _ in rows.fetchall():
+        first = log.position_of(row)
+        keys.append(
+            ParkedKey(
+                *(stream, group, first.partition, key, events, first),
+                *(attempts, _due_ms(due_ms), error, since_ms),
+            )
+        )
+    return keys
+
+
+def _due_ms(due_ms: int) -> int | None:
+    return None if due_ms >= HELD_MS else due_ms
 
 
 def _letter(stream: str, group: str, row: log.Row) -> DeadLetter:

@@ -1,7 +1,7 @@
 """Events in one SQLite file, shared by all processes of a machine. The URL, publishing and reading.
 
-`file.py` finds the file, `writer.py` has the threads, `log.py` the events, `consumer.py` the groups, `schema.sql` all
-tables.
+`file.py` finds the file, `writer.py` has the threads, `log.py` the events, `consumer.py` the groups without order,
+`ledger.py` those in the order of keys, `schema.sql` and `schema_2.sql` all tables.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from typing import cast
 from urllib.parse import parse_qsl, unquote
 
 from millstream.brokers.base import Confirm, Position, Record, Start, Stored, StreamSpec, Subscription, Traits
+from millstream.brokers.ordered import OrderedConsumer
 from millstream.brokers.sqlite import log
 from millstream.brokers.sqlite.admin import SQLiteAdmin
 from millstream.brokers.sqlite.consumer import SQLiteConsumer
 from millstream.brokers.sqlite.file import File, InDoubt, Synchronous
+from millstream.brokers.sqlite.ledger import SQLiteLedger
 from millstream.brokers.sqlite.writer import Reader, Writer
 from millstream.clock import Clock
 from millstream.errors import BadSetting, BrokerDown, NotSupported, Unconfirmed
@@ -42,10 +44,11 @@ class SQLiteBroker:
         self._writer: Writer | None = None
         self._reader: Reader | None = None
         self.clock = clock
+        self._telemetry = telemetry
         self.url = f"sqlite:///{os.path.abspath(path)}"
         self.admin = SQLiteAdmin(self)
         confirms: set[Confirm] = {"memory", "fsync"} if self._synchronous == "full" else {"memory"}
-        self.traits = Traits(atomic_outputs=True, confirms=frozenset(confirms))
+        self.traits = Traits(order=True, atomic_outputs=True, confirms=frozenset(confirms))
 
     async def open(self) -> None:
         """Find or create the file. Raises `BrokerRefused` for one that is not ours, and leaves it untouched."""
@@ -148,11 +151,13 @@ class SQLiteBroker:
             if left_s <= 0 or not await self.writer.listen(bell, left_s):
                 return
 
-    async def subscribe(self, subscription: Subscription) -> SQLiteConsumer:
-        """Join a group, which is made if it is new."""
-        if subscription.order:
-            raise NotSupported(f"{self.url} cannot consume in the order of keys")
-        consumer = SQLiteConsumer(self, subscription)
+    async def subscribe(self, subscription: Subscription) -> SQLiteConsumer | OrderedConsumer:
+        """Join a group, which is made if it is new. One that has nothing to finish may change its way to consume."""
+        consumer = (
+            OrderedConsumer(lambda: SQLiteLedger(self, subscription), subscription, self.clock, self._telemetry)
+            if subscription.order
+            else SQLiteConsumer(self, subscription)
+        )
         await consumer.enter()
         return consumer
 

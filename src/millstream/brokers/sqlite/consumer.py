@@ -10,10 +10,7 @@ Each arrow is one transaction, in which the member's own row in `member`, its *f
 silent member deletes that row and moves all it held, so whoever comes back finds no fence and settles nothing. Member
 numbers are never given twice.
 
-Who is silent is judged without a wall clock: every beat raises the group's tick and writes it to the member; `Watch`
-remembers which tick was seen when, by this process's own clock. A member that has not gone past a tick seen a lease ago has
-been silent for a lease. Two races are closed when judging: a process that was paused, or could not beat itself, must not
-judge (`Watch` forgets over a gap), and the ticks are compared in the transaction that evicts, the judge's own too.
+`watch.py` says who is silent.
 
 A member that finds its fence gone claims nothing before it has told what it lost: the worker might else take an old
 handler's end for that of the new claim.
@@ -24,13 +21,13 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from millstream.brokers.base import Claim, Kept, Position, Settlement, Subscription
-from millstream.brokers.sqlite import group
-from millstream.brokers.sqlite.group import Member
+from millstream.brokers.sqlite import group, member
+from millstream.brokers.sqlite.member import Life, Member
+from millstream.brokers.sqlite.watch import Watch
 from millstream.errors import BrokerError, LeaseLost
 from millstream.telemetry import logger
 
@@ -39,45 +36,8 @@ if TYPE_CHECKING:
 
 MAX_CLAIMS = 1_000  # in one transaction
 WATCH_S = 0.5  # how often somebody is looked for who fell silent, at least
-TRUST = 0.7  # of a lease: held up this long, and having beaten a quarter before, nobody has been silent for a whole one
 PAUSE_S = 0.01  # after others were faster
 LEAST_PAUSE_S = 0.001  # due times are whole milliseconds
-
-
-class Watch:
-    """What this process remembers of a group's ticks, to judge who is silent."""
-
-    def __init__(self, lease_s: float) -> None:
-        self._lease_s = lease_s
-        self._beat_s = 0.0
-        self._answered_s = 0.0
-        self._seen: deque[tuple[float, int]] = deque()
-
-    def forget(self) -> None:
-        """Begin anew: nobody is judged before another lease has passed."""
-        self._seen.clear()
-
-    def beat(self, sent_s: float, answered_s: float) -> None:
-        """Remember a beat of our own. After too long a time without one, the others may have been held up like us."""
-        if answered_s - self._beat_s > self._lease_s * TRUST:
-            self.forget()
-        self._beat_s = sent_s
-
-    def saw(self, now_s: float, tick: int) -> None:
-        """Remember an answer."""
-        if self._seen and (now_s - self._answered_s > self._lease_s / 2 or tick < self._seen[-1][1]):
-            self.forget()
-        self._answered_s = now_s
-        if not self._seen or now_s - self._seen[-1][0] >= self._lease_s / 40:
-            self._seen.append((now_s, tick))
-
-    def silent_at(self, now_s: float) -> int:
-        """The newest tick that was seen a lease ago: members that have not gone past it are silent. -1: nobody is."""
-        while len(self._seen) > 1 and self._seen[1][0] <= now_s - self._lease_s:
-            self._seen.popleft()
-        if not self._seen or self._seen[0][0] > now_s - self._lease_s or now_s - self._beat_s > self._lease_s * TRUST:
-            return -1
-        return self._seen[0][1]
 
 
 class SQLiteConsumer:
@@ -103,7 +63,7 @@ class SQLiteConsumer:
         name, nonce, beat_s = f"{self._name}.{self._lives}", self._clock.nonce(), self._clock.monotonic()
         subscription, inside = self._subscription, self._broker.inside(self._subscription.stream.name)
         self._me = await self._broker.writer.ask(
-            lambda db: group.enter(db, inside, subscription, group.Life(name, nonce, beat_s)), durable=True, rings=True
+            lambda db: member.enter(db, inside, subscription, Life(name, nonce, beat_s)), durable=True, rings=True
         )
         self._watch.forget()
         self._watch.beat(beat_s, self._clock.monotonic())
@@ -151,7 +111,7 @@ class SQLiteConsumer:
         me, sent_s, beat = self._me, self._clock.monotonic(), None
         if me is not None:
             try:
-                beat = await self._broker.writer.ask(lambda db: group.beat(db, me, sent_s))
+                beat = await self._broker.writer.ask(lambda db: member.beat(db, me, sent_s))
             except BaseException:
                 self._watch.forget()
                 raise

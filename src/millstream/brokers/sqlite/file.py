@@ -30,7 +30,8 @@ Synchronous: TypeAlias = Literal["full", "normal"]
 MAGIC = b"SQLite format 3\0"
 HEADER_BYTES = 100  # https://www.sqlite.org/fileformat.html#the_database_header
 APPLICATION_ID = 0x4D696C6C  # "Mill": tells our files from other programs' SQLite databases
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+SCHEMAS = ("schema.sql", "schema_2.sql")  # what each version adds to the one before it
 BUSY_MS = 10_000  # only strangers (a shell, a backup) hold SQLite's lock without the turnstile; they are soon done
 WAL_KEPT_BYTES = 4_194_304  # never cut below this: on a full disk, what was taken can still be settled
 CACHE_KIB = 16_384
@@ -89,7 +90,9 @@ class File:
                 with closing(turnstile := self.turnstile()), turnstile:
                     if self._is_new():  # another process may have been faster
                         self._create()
-            self._recognise()
+            if self._recognise() < SCHEMA_VERSION:
+                with closing(turnstile := self.turnstile()), turnstile:
+                    self._upgrade()
             self._identity = self._find()
         except sqlite3.Error as error:
             raise self.explain(error) from error
@@ -180,14 +183,23 @@ class File:
         ):  # of a process that was killed here; inside the turnstile we are alone
             Path(draft + rest).unlink(missing_ok=True)
         with closing(sqlite3.connect(draft, isolation_level=None)) as connection:
-            connection.executescript((files(__package__) / "schema.sql").read_text("utf-8"))
+            connection.executescript(_schema(0))
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             connection.execute("PRAGMA journal_mode = WAL")
         os.replace(draft, self.path)
         _sync_directory(os.path.dirname(self.path))
 
-    def _recognise(self) -> None:
+    def _upgrade(self) -> None:
+        """Bring a file of an earlier version up to ours: all of it, or nothing."""
+        with closing(self.connect()) as connection:
+            # Not from the header: another process may have been faster, and its upgrade may lie in the log only.
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            self._check_version(version)
+            if version < SCHEMA_VERSION:
+                connection.executescript(_schema(version))
+                connection.execute("PRAGMA wal_checkpoint")  # for processes of an earlier version, which ask the header
+
+    def _recognise(self) -> int:
         # From its header and not through SQLite, which would write beside a file that may not be ours; and which takes a
         # file for broken whose checkpoint was cut off, as long as it may not look into the log.
         with open(self.path, "rb") as file:
@@ -197,6 +209,10 @@ class File:
         version, application = int.from_bytes(header[60:64]), int.from_bytes(header[68:72])
         if application != APPLICATION_ID:
             raise BrokerRefused(f"{self.path} is not a Millstream database, but another program's: name another path")
+        self._check_version(version)
+        return version
+
+    def _check_version(self, version: int) -> None:
         if version > SCHEMA_VERSION:
             raise BrokerRefused(
                 f"{self.path} was written by a newer Millstream (schema {version}, this one knows {SCHEMA_VERSION}): "
@@ -216,6 +232,12 @@ class File:
         except (OSError, AttributeError):
             return False
         return disk.f_blocks > 0 and disk.f_bavail * disk.f_frsize < ROOM_BYTES
+
+
+def _schema(version: int) -> str:
+    """What makes a file of this version one of ours, in one transaction; 0 stands for an empty one."""
+    steps = [(files(__package__) / name).read_text("utf-8") for name in SCHEMAS[version:]]
+    return "\n".join(["BEGIN IMMEDIATE;", *steps, f"PRAGMA user_version = {SCHEMA_VERSION};", "COMMIT;"])
 
 
 def _size(path: str) -> int:

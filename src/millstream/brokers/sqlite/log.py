@@ -11,11 +11,13 @@ from typing import Any, NamedTuple, TypeAlias
 
 from millstream.brokers.base import Position, Record, Start, Stored, StreamSpec, check_declared
 from millstream.errors import BrokerRefused, NotSupported
-from millstream.units import MAX_PARTITIONS
+from millstream.units import MAX_APPEND_BYTES, MAX_PARTITIONS
 
 SEQ_BITS = 40
 MAX_SEQ = (1 << SEQ_BITS) - 1
 MAX_STREAMS = (1 << 63 - SEQ_BITS) // MAX_PARTITIONS - 1  # 8,191: what is left of 63 bits
+
+MAX_TAKE_BYTES = MAX_APPEND_BYTES  # events in one answer, the first one apart
 
 COLUMNS = "event.row, event.id, type, source, stored_ms, time_ms, subject, headers, data"
 
@@ -35,7 +37,21 @@ class Known(NamedTuple):
         """The partition's number in the file. Raises `BrokerRefused` when there is no such partition."""
         if not 0 <= partition < self.partitions:
             raise BrokerRefused(f"stream {self.name!r} has no partition {partition}, only {self.partitions}")
-        return self.id * MAX_PARTITIONS + partition
+        return log_of(self.id, partition)
+
+
+class Budget:
+    """What one answer may still hold."""
+
+    def __init__(self, events: int, max_bytes: int = MAX_TAKE_BYTES) -> None:
+        self.events = events
+        self._left_bytes = max_bytes
+
+    def spend(self, stored: Stored) -> bool:
+        """Count an event in; False once there is no room for another one."""
+        self._left_bytes -= len(stored.record.data) + len(stored.record.headers)
+        self.events = self.events - 1 if self._left_bytes > 0 else 0
+        return self.events > 0
 
 
 class _End:
@@ -148,9 +164,14 @@ def position_of(row: int) -> Position:
     return Position((row >> SEQ_BITS) % MAX_PARTITIONS, str(row & MAX_SEQ))
 
 
+def log_of(stream: int, partition: int) -> int:
+    """A partition's number in the file."""
+    return stream * MAX_PARTITIONS + partition
+
+
 def first_row(stream: int, partition: int) -> int:
     """Where a partition begins in the file; the next one's is where it ends."""
-    return stream * MAX_PARTITIONS + partition << SEQ_BITS
+    return log_of(stream, partition) << SEQ_BITS
 
 
 def row_of(stream: int, position: Position) -> int:

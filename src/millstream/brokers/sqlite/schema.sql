@@ -1,4 +1,5 @@
--- The whole of a Millstream file, schema version 1. `file.py` creates it, beside the application id and the version.
+-- A Millstream file in schema version 1. `file.py` creates it with what `schema_2.sql` adds, the application id and the
+-- version.
 --
 -- log = stream.id * 1024 + partition;  row = log << 40 | sequence number.  One integer is therefore the place of an event
 -- in the file, its order within its partition, and what all other tables call it. Nothing here is ever scanned.
@@ -46,7 +47,7 @@ CREATE TABLE grp (
 CREATE TABLE cursor (                              -- how far a group has come in each partition
     grp  INTEGER NOT NULL,
     log  INTEGER NOT NULL,
-    seq  INTEGER NOT NULL,                         -- the last one delivered
+    seq  INTEGER NOT NULL,                         -- the last one delivered; without a gap settled, in an ordered group
     dead INTEGER NOT NULL DEFAULT 0,               -- dead letters kept now
     PRIMARY KEY (grp, log)
 ) WITHOUT ROWID;

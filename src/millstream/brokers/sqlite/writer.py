@@ -233,6 +233,11 @@ class Writer(Reader):
         """Rings once. To be taken *before* looking whether there is something, else its ring may be missed."""
         return self._bell
 
+    def ring(self) -> None:
+        """Let all who listen look again."""
+        bell, self._bell = self._bell, asyncio.Event()
+        bell.set()
+
     async def listen(self, bell: asyncio.Event, wait_s: float) -> bool:
         """Wait for the bell; False when the time ran out first."""
         with self._lock:
@@ -282,11 +287,7 @@ class Writer(Reader):
     def _answer(self, batch: Sequence[Request], results: Sequence[Any]) -> None:
         super()._answer(batch, results)
         if any(request.rings for request in batch):
-            self._ring()
-
-    def _ring(self) -> None:
-        bell, self._bell = self._bell, asyncio.Event()
-        bell.set()
+            self.ring()
 
     def _pause_s(self) -> float | None:
         if self._listening:
@@ -301,7 +302,7 @@ class Writer(Reader):
         if version != self._version:
             self._version = version
             self._changed_s = self._clock.monotonic()
-            self._post(self._ring)
+            self._post(self.ring)
 
     def _end(self) -> None:
         self._disconnect()

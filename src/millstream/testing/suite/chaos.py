@@ -1,4 +1,5 @@
-"""Members of an ordered group that publish, handle, fail, crash, come, leave and wake up too late, by chance.
+"""Members of an ordered group that publish, handle, fail, crash, come, leave and wake up too late, by chance; and people who
+release keys that wait, and send the group back to its beginning.
 
 What must hold at the end: of every key the events were handled in their order, each at least once. What must hold at every
 step: an outcome is accepted only while nobody else has been given the event.
@@ -10,9 +11,11 @@ import random  # noqa: TID251 - a plan that a seed repeats
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 
-from millstream.brokers.base import Claim, Consumer, Done, Later, Position, Settlement
+from millstream.brokers.base import Claim, Consumer, Done, Kept, Later, Position, Settlement
+from millstream.errors import LeaseLost
 from millstream.testing.suite.trial import PARTED, Trial
 
+GROUP = "billing"
 KEYS = "abcde"
 MEMBERS = range(1, 5)
 
@@ -40,6 +43,8 @@ class Chaos:
             self._leave: 1,
             self._wait: 3,
             self._wake: 4,
+            self._release: 1,
+            self._seek: 0.3,
             self._work: 60,
         }
         await self._join()
@@ -104,6 +109,14 @@ class Chaos:
         if self._zombies:
             await self.chance.choice(self._zombies).wake()
 
+    async def _release(self) -> None:
+        admin = self.trial.broker.admin
+        keys = await admin.keys(PARTED.name, GROUP)
+        await admin.release_keys(self.chance.sample(keys, len(keys) // 2))
+
+    async def _seek(self) -> None:
+        await self.trial.broker.admin.seek(PARTED.name, GROUP, "beginning", live=True)
+
     async def _work(self) -> None:
         await self.chance.choice(self._actors).step()
 
@@ -120,12 +133,7 @@ class Actor:
 
     async def step(self, *, calm: bool = False) -> None:
         """Look after what was lost and asked for; fetch; handle one event of some keys."""
-        kept = self._trial.heard(self.consumer)
-        for key, queue in self._queues.items():
-            left = [claim for claim in queue if claim.stored.position not in kept.lost]
-            self._queues[key] = [claim for claim in left if claim.stored.position.partition not in kept.drain]
-        if kept.drain:
-            await self.consumer.release(kept.drain)
+        await self._obey(self._trial.heard(self.consumer))
         await self._fetch(0.01 if calm else 0)
         self._queues = {key: queue for key, queue in self._queues.items() if queue}
         if self._queues:
@@ -144,8 +152,8 @@ class Actor:
         for key in keys:
             queue = self._queues[key]
             claim = queue.pop(0)
-            if claim.suspect:
-                await self.consumer.begin([claim.stored.position])
+            if claim.suspect and not await self._begin(claim):
+                continue
             if not calm and self._chance.random() < 0.15:
                 ends.append((claim, Later(self._trial.clock.now_ms() + self._chance.randint(0, 50), "busy")))
                 put_back += [(behind, Later(0, "", counted=False)) for behind in queue]
@@ -158,8 +166,24 @@ class Actor:
         else:  # in two calls, between which the log is read on, parked keys are tried, and progress is stored
             await self._settle(ends)
             await self._fetch(0)
-            await self.consumer.keep()
-            await self._settle(put_back)
+            kept = await self.consumer.keep()
+            await self._obey(kept)
+            await self._settle([end for end in put_back if end[0].stored.position not in kept.lost])
+
+    async def _obey(self, kept: Kept) -> None:
+        """Forget what was lost, and give away what is asked for."""
+        for key, queue in self._queues.items():
+            left = [claim for claim in queue if claim.stored.position not in kept.lost]
+            self._queues[key] = [claim for claim in left if claim.stored.position.partition not in kept.drain]
+        if kept.drain:
+            await self.consumer.release(kept.drain)
+
+    async def _begin(self, claim: Claim) -> bool:
+        try:
+            await self.consumer.begin([claim.stored.position])
+        except LeaseLost:
+            return False
+        return True
 
     async def _settle(self, ends: Sequence[tuple[Claim, Done | Later]]) -> list[bool]:
         answers = await self.consumer.settle([Settlement(claim.stored.position, outcome) for claim, outcome in ends])

@@ -1,0 +1,436 @@
+"""The ledger on Redis: one life of a member of a group that consumes in the order of keys.
+
+Per partition one hash, the lease, is the truth: owner and epoch, and how far the group has come. All that changes it is a
+script that compares owner and epoch first, so whoever was taken over changes nothing any more. The group's id at the log is
+set with each commit, for tools: `XINFO GROUPS` shows the exact lag, and no pending list exists.
+
+Who lives is told by the same beats, fences and ticks as without order. The fence is the right to acquire; a member found
+silent keeps it until it owns nothing any more.
+
+Times in the ledger are the server's, those of the callers their own: they are translated here. As long as both clocks may
+be equal, as far as the last beat could tell, they are taken as equal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from msgspec.structs import replace
+
+from millstream.brokers.base import (
+    Claim,
+    Output,
+    Position,
+    Stored,
+    Subscription,
+    check_mode,
+)
+from millstream.brokers.ledger import (
+    HELD_MS,
+    Commit,
+    Committed,
+    Cursor,
+    Grant,
+    Head,
+    Heads,
+    Lease,
+    State,
+    View,
+)
+from millstream.brokers.redis import outputs, parked
+from millstream.brokers.redis.claims import fault
+from millstream.brokers.redis.gaps import Gaps
+from millstream.brokers.redis.incarnation import MAX_REPLY_BYTES, TRUST
+from millstream.brokers.redis.joining import join
+from millstream.brokers.redis.link import BLOCK_S, Link, ReplyError, pack
+from millstream.brokers.redis.members import MAX_DEAD_AT_ONCE, SWEEP_S, Place, Ticks, behind, new_name
+from millstream.brokers.redis.pair import Pair
+from millstream.brokers.redis.progress import BEFORE_ALL, call, committed, grant
+from millstream.brokers.redis.scripts import scripts
+from millstream.errors import BrokerDown, BrokerError, BrokerFull, LeaseLost, WireError
+from millstream.telemetry import logger
+from millstream.wire import entry
+
+if TYPE_CHECKING:
+    from millstream.brokers.redis.broker import RedisBroker
+
+MAX_FORMERS = 16  # former lives whose leases are ours; those of older ones are silent by now
+LEAST_COUNT = 256  # events asked of each partition: one alone may have them all
+
+_NEVER = float("inf")
+
+
+class Lives:
+    """The lives of one member, one after the other: each call begins a new one."""
+
+    def __init__(self, broker: RedisBroker, subscription: Subscription) -> None:
+        self._broker = broker
+        self._subscription = subscription
+        self._place = Place(broker.keys(subscription.stream.name), subscription)
+        self._name = new_name(broker.clock)
+        self._count = 0
+        self._life: RedisLedger | None = None
+        self._formers: deque[str] = deque(maxlen=MAX_FORMERS)
+
+    def __call__(self) -> RedisLedger:
+        """The next life; the one before has ended."""
+        start = behind(self._subscription.start)
+        if self._life is not None:
+            self._life.replaced()
+            if self._life.entered:
+                self._formers.append(self._life.name)
+        if self._formers and start == "$":  # what came while the group was gone is for who was a member before
+            start = BEFORE_ALL
+        self._count += 1
+        name = f"{self._name}.{self._count}"
+        self._life = RedisLedger(self._broker, self._place, self._subscription, name, start, tuple(self._formers))
+        return self._life
+
+
+class RedisLedger:
+    """One life of a member; see `brokers.ledger.Ledger`."""
+
+    def __init__(
+        self,
+        broker: RedisBroker,
+        place: Place,
+        subscription: Subscription,
+        name: str,
+        start: str,
+        formers: Sequence[str],
+    ) -> None:
+        self.name = name
+        self.entered = False
+        """True from when others may know of it."""
+        self._broker = broker
+        self._clock = broker.clock
+        self._place = place
+        self._subscription = subscription
+        self._start = start
+        self._formers = formers
+        self._nonce = broker.clock.nonce().encode()
+        self._fence = place.fence(name)
+        self._partition_of = {at.log: partition for partition, at in enumerate(place.at)}
+        self._pair = Pair(broker, name)
+        self._ticks = Ticks(broker.clock, subscription.lease_s)
+        self._replaced = False
+        self._beat_at = 0.0
+        self._sweep_at = self._gaps_at = 0.0
+        self._gaps: dict[int, Gaps] = {}
+        self._ahead_ms = 0.0
+        self._silent: Mapping[str, bytes] = {}
+        self._largest_bytes = 1
+        self._appended: dict[int, tuple[int, int]] = {}
+
+    # Its life.
+
+    @property
+    def now_ms(self) -> float:
+        """The time by which things are due: ours."""
+        return self._clock.now_ms()
+
+    async def enter(self) -> None:
+        """Become a member. The leases of former lives are ours to take at once."""
+        try:
+            await self._broker.declare(self._subscription.stream)
+            await self._pair.connect()
+            writer = await self._pair.writer()
+            place, subscription = self._place, self._subscription
+            await join(writer, place, subscription.owner, self._start, subscription.lease_s, "log")
+            sent_ms, sent_at = self._clock.now_ms(), self._clock.monotonic()
+            self.entered = True
+            keys = self._fence, self._place.live, self._place.tick
+            state, *answer = await writer.run(scripts["enter"], keys, (self.name, self._nonce))
+            if state != b"OK":
+                raise BrokerDown(f"the name {self.name!r} was used before: try again")
+            self._set_time(sent_ms, answer[1])
+            self._beat_at = sent_at
+            for former in self._formers:
+                await self._bury(writer, former)
+        except BaseException:
+            self._pair.close()
+            raise
+
+    async def beat(self) -> None:
+        """Say that we live."""
+        writer = await self._writer()
+        sent_ms, sent_at = self._clock.now_ms(), self._clock.monotonic()
+        keys = self._fence, self._place.live, self._place.tick
+        try:
+            state, *answer = await writer.run(scripts["beat"], keys, (self.name, self._nonce))
+        except BrokerError:
+            self._ticks.forget()
+            raise
+        if state != b"OK":
+            raise self._lost()
+        self._beat_at = sent_at
+        self._set_time(sent_ms, answer[1])
+
+    async def look(self) -> View:
+        """See who lives, and who has what; forget those who are silent and own nothing."""
+        writer, place = await self._writer(), self._place
+        silent_since = self._ticks.silent_since()
+        asked: list[tuple[Any, ...]] = [("GET", place.tick), ("ZRANGE", place.live, 0, -1, "WITHSCORES")]
+        asked += [("HMGET", at.lease, "owner", "epoch", "want", "next") for at in place.at]
+        asked += [("ZRANGE", at.parked, 0, 0, "WITHSCORES") for at in place.at]
+        replies = await writer.calls([*asked, *self._sweep()])
+        for reply in replies[: len(asked)]:
+            if isinstance(reply, ReplyError):
+                raise writer.failure(reply, "look")
+        tick, live, *rest = replies[: len(asked)]
+        gone = self._gone(replies[len(asked) + 1 :])
+        self._ticks.remember(int(tick or 0))
+        scores = {name.decode(): score for name, score in zip(live[::2], live[1::2], strict=True)}
+        scores.pop(self.name, None)
+        self._silent = {name: score for name, score in scores.items() if float(score) <= silent_since}
+        count = len(place.at)
+        leases = [self._lease(*found) for found in zip(place.partitions, rest[:count], rest[count:], strict=True)]
+        leases = [replace(lease, epoch=0) if lease.partition in gone else lease for lease in leases]
+        idle = self._silent.keys() - {lease.owner for lease in leases}
+        for name in sorted(idle)[:MAX_DEAD_AT_ONCE]:
+            await writer.run(scripts["bury"], (place.fence(name), place.live), (name, self._silent[name]))
+        return View(frozenset(scores.keys() - self._silent.keys() | {self.name}), leases)
+
+    async def leave(self) -> None:
+        """Be a member no longer."""
+        try:
+            await self._bury(await self._writer(), self.name)
+        finally:
+            self._pair.close()
+
+    def replaced(self) -> None:
+        """Another life goes on: what is still called fails, and decides nothing."""
+        self._replaced = True
+        self._pair.close()
+
+    # Leases.
+
+    async def acquire(self, seen: Lease) -> Grant | None:
+        """Take a lease that is free, or whose owner is silent."""
+        writer, at = await self._writer(), self._place.at[seen.partition]
+        keys = at.log, self._fence, self._place.live, at.lease, at.meta, at.parked, at.parkinfo, at.note
+        score = self._silent.get(seen.owner, b"")
+        who = self._place.group, self.name, self._nonce
+        state, *answer = await writer.run(
+            scripts["acquire"], keys, (*who, seen.owner, seen.epoch, score, *self._formers)
+        )
+        if state == b"FENCED":
+            raise self._lost()
+        if state == b"MODE":
+            check_mode(self._place.stream, self._place.group, False, True)
+        if state != b"OK":
+            return None
+        found = grant(seen.partition, answer)
+        self._gaps[seen.partition] = Gaps(found)
+        return found
+
+    async def ask(self, seen: Lease) -> None:
+        """Ask the owner of a lease for it."""
+        writer, keys = await self._writer(), (self._place.at[seen.partition].lease,)
+        await writer.run(scripts["ask"], keys, (self.name, seen.owner, seen.epoch, seen.want))
+
+    async def release(self, partition: int, epoch: int, heir: str) -> None:
+        """Give a lease back."""
+        writer = await self._writer()
+        await writer.run(scripts["yield"], (self._place.at[partition].lease,), (self.name, epoch, heir))
+
+    # Reading.
+
+    async def read(self, cursors: Mapping[int, Cursor], limit: int, wait_s: float) -> list[Claim]:
+        """Events behind the cursors; waits for the first one, for a second at most."""
+        await self._look_for_gaps(await self._writer(), cursors)
+        block_s = 0.0 if self._pair.woken else min(wait_s, BLOCK_S)
+        block_ms = math.ceil(block_s * 1000)
+        try:
+            found = await self._pair.read(self._read_command(cursors, limit, block_ms), block_ms / 1000)
+        except BrokerDown:
+            if self._replaced:  # all that could come is lost with this life
+                return []
+            raise
+        if isinstance(found, ReplyError):
+            raise (await self._writer()).failure(found, "XREAD")
+        if found and self._clock.monotonic() - self._beat_at > TRUST * self._subscription.lease_s:
+            await self.beat()  # we may have been taken for dead
+        claims: list[Claim] = []
+        for log, entries in found or ():
+            partition = self._partition_of[log]
+            cursor = cursors[partition]
+            read = list(self._claims(partition, entries[: cursor.room], cursor.epoch))
+            if read and partition in self._gaps:
+                self._gaps[partition].passed(cursor, read[-1].stored.position.offset, len(read))
+            claims += read
+        return claims
+
+    def wake(self) -> None:
+        """End a `read` that waits."""
+        self._pair.wake()
+
+    async def heads(self, partition: int, epoch: int, busy: Sequence[str], limit: int) -> Heads | None:
+        """Begin the first events of parked keys that are due and not busy."""
+        writer, at = await self._writer(), self._place.at[partition]
+        # Of the first so many at least one is not busy and not begun now, if there are as many.
+        found = await writer.call("ZRANGE", at.parked, 0, len(busy) + limit, "WITHSCORES")
+        due_ms = {key.decode(): self._ours(score) for key, score in zip(found[::2], found[1::2], strict=True)}
+        for key in busy:
+            due_ms.pop(key, None)
+        due = [key for key, at_ms in due_ms.items() if at_ms <= self.now_ms][:limit]
+        if not due:
+            return Heads((), min(due_ms.values(), default=_NEVER))
+        keys = at.lease, at.parked, at.parkinfo, at.note, *(self._place.park(partition, key) for key in due)
+        state, *rows = await writer.run(scripts["heads"], keys, (self.name, epoch, *due))
+        if state != b"OK":
+            return None
+        heads = [Head(row[0].decode(), parked.claim(partition, row, epoch)) for row in rows]
+        for head in heads:
+            del due_ms[head.key]
+        return Heads(heads, min(due_ms.values(), default=_NEVER))
+
+    # Progress.
+
+    async def begin(self, partition: int, epoch: int, offsets: Sequence[str]) -> bool:
+        """Note that the handlers of these suspects start now."""
+        writer, at = await self._writer(), self._place.at[partition]
+        return bool(await writer.run(scripts["begin"], (at.lease, at.note), (self.name, epoch, *offsets)) == b"OK")
+
+    async def commit(self, commits: Sequence[Commit]) -> list[Committed]:
+        """Store progress, in one write. Outputs are stored before."""
+        writer = await self._writer()
+        refused = await self._append(writer, commits)
+        sent = [commit for commit in commits if commit.partition not in refused]
+        calls = [call(self._place, self.name, self._counted(commit), self._theirs) for commit in sent]
+        replies = await writer.run_each(scripts["commit"], calls)
+        answers = {partition: Committed(state) for partition, state in refused.items()}
+        for commit, reply in zip(sent, replies, strict=True):
+            if isinstance(reply, ReplyError):
+                raise writer.failure(reply, "script commit")
+            answers[commit.partition] = answer = committed(*reply)
+            if answer.state is not State.STORED:
+                self._appended.pop(commit.partition, None)
+        return [answers[commit.partition] for commit in commits]
+
+    # Below: how.
+
+    async def _writer(self) -> Link:
+        if self._replaced:
+            raise BrokerDown(f"{self.name} has come to its end, another life of this member goes on")
+        return await self._pair.writer()
+
+    def _lost(self) -> LeaseLost:
+        return LeaseLost(
+            f"{self.name} is no member any more: it was silent for its lease, or this is another server now"
+        )
+
+    async def _bury(self, writer: Link, name: str) -> None:
+        score = await writer.call("ZSCORE", self._place.live, name) or b""
+        await writer.run(scripts["bury"], (self._place.fence(name), self._place.live), (name, score))
+
+    def _sweep(self) -> list[tuple[Any, ...]]:
+        # Now and then: say for people that somebody looked, and see whether the group is still there.
+        now = self._clock.monotonic()
+        if now < self._sweep_at:
+            return []
+        self._sweep_at = now + min(self._subscription.lease_s / 2, SWEEP_S)
+        field = f"seen:{self._place.group}"
+        seen = "HSET", self._place.at[0].meta, field, math.ceil(self.now_ms + self._ahead_ms)
+        return [seen, *(("XINFO", "GROUPS", at.log) for at in self._place.at)]
+
+    def _gone(self, replies: Sequence[Any]) -> set[int]:
+        # Where log or group is gone, what was read tells nothing about what will come: acquire anew.
+        name, gone = self._place.group.encode(), set()
+        for partition, reply in enumerate(replies):
+            missing = str(reply).startswith("ERR no such key") if isinstance(reply, ReplyError) else None
+            if missing or (missing is None and name not in {info[1] for info in reply}):
+                gone.add(partition)
+        return gone
+
+    def _set_time(self, sent_ms: float, server_ms: int) -> None:
+        least, most = server_ms - self._clock.now_ms() - 1, server_ms - sent_ms + 1
+        self._ahead_ms = min(max(0.0, least), most)
+
+    def _theirs(self, at_ms: float) -> int:
+        return int(at_ms) if at_ms <= 0 or at_ms >= HELD_MS else max(1, math.ceil(at_ms + self._ahead_ms))
+
+    def _ours(self, score: bytes) -> float:
+        at_ms = float(score)
+        return at_ms if at_ms <= 0 or at_ms >= HELD_MS else at_ms - self._ahead_ms
+
+    def _lease(self, partition: int, fields: Sequence[bytes | None], first: Sequence[bytes]) -> Lease:
+        owner, epoch, want, heir = ((field or b"").decode() for field in fields)
+        return Lease(partition, owner, int(epoch or 0), want, heir, self._ours(first[1]) if first else _NEVER)
+
+    async def _look_for_gaps(self, writer: Link, cursors: Mapping[int, Cursor]) -> None:
+        # Now and then, while no read of these is under way.
+        now = self._clock.monotonic()
+        if now < self._gaps_at:
+            return
+        self._gaps_at = now + min(self._subscription.lease_s / 2, SWEEP_S)
+        looked = [partition for partition in cursors if partition in self._gaps]
+        replies = await writer.calls([("XINFO", "STREAM", self._place.at[partition].log) for partition in looked])
+        for partition, reply in zip(looked, replies, strict=True):
+            info = {} if isinstance(reply, ReplyError) else dict(zip(reply[::2], reply[1::2], strict=True))
+            if b"entries-added" not in info:
+                continue
+            first = info[b"first-entry"][0].decode() if info[b"first-entry"] else ""
+            lost = self._gaps[partition].look(info[b"entries-added"], info[b"length"], first)
+            if lost:
+                where = self._place.group, self._place.stream, lost, partition
+                logger.error(
+                    "group %s of %s: %d events of partition %d were trimmed away before they were read", *where
+                )
+
+    def _counted(self, commit: Commit) -> Commit:
+        gaps = self._gaps.get(commit.partition)
+        missing = gaps.before(commit.w) if gaps else 0
+        return replace(commit, ordinal=commit.ordinal + missing) if missing and commit.ordinal is not None else commit
+
+    def _read_command(self, cursors: Mapping[int, Cursor], limit: int, block_ms: int) -> bytes:
+        room = max(cursor.room for cursor in cursors.values())
+        each = MAX_REPLY_BYTES // self._largest_bytes // len(cursors)
+        count = max(1, min(room, each, max(LEAST_COUNT, limit // len(cursors))))
+        block = ("BLOCK", block_ms) if block_ms > 0 else ()
+        logs = [self._place.at[partition].log for partition in cursors]
+        ids = [cursor.after or BEFORE_ALL for cursor in cursors.values()]
+        return pack("XREAD", "COUNT", count, *block, "STREAMS", *logs, *ids)
+
+    def _claims(self, partition: int, entries: Sequence[Any], token: int) -> Iterable[Claim]:
+        read, largest = entry.read, self._largest_bytes
+        for id_, fields in entries:
+            offset = id_.decode()
+            try:
+                record = read(fields, partition=partition, offset=offset, stored_ms=int(id_.split(b"-")[0]))
+            except WireError as error:
+                yield replace(fault(partition, offset, fields, 1, str(error)), token=token)
+                continue
+            if len(record.data) > largest:
+                self._largest_bytes = largest = len(record.data)
+            yield Claim(Stored(Position(partition, offset), record), 1, token=token)
+
+    async def _append(self, writer: Link, commits: Sequence[Commit]) -> dict[int, State]:
+        # Outputs of those whose lease is ours. Returns which commits are not to be sent, and why.
+        given = {commit.partition: [e for e in commit.effects if isinstance(e, Output)] for commit in commits}
+        todo = [commit for commit in commits if given[commit.partition]]
+        todo = [commit for commit in todo if self._appended.get(commit.partition) != (commit.epoch, commit.seq)]
+        refused = dict.fromkeys(await self._not_ours(writer, todo), State.LOST) if todo else {}
+        todo = [commit for commit in todo if commit.partition not in refused]
+        failed = await outputs.append(self._broker, [o for commit in todo for o in given[commit.partition]])
+        for error in failed.values():
+            if not isinstance(error, BrokerFull):
+                raise error
+        for commit in todo:
+            if failed.keys().isdisjoint(output.stream for output in given[commit.partition]):
+                self._appended[commit.partition] = commit.epoch, commit.seq
+            else:
+                refused[commit.partition] = State.FULL
+        return refused
+
+    async def _not_ours(self, writer: Link, commits: Sequence[Commit]) -> list[int]:
+        asked = [("HMGET", self._place.at[commit.partition].lease, "owner", "epoch") for commit in commits]
+        leases = await writer.calls(asked)
+        for lease in leases:
+            if isinstance(lease, ReplyError):
+                raise writer.failure(lease, "HMGET")
+        ours = [[self.name.encode(), b"%d" % commit.epoch] for commit in commits]
+        return [commit.partition for commit, lease, our in zip(commits, leases, ours, strict=True) if lease != our]

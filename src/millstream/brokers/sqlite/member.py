@@ -1,0 +1,137 @@
+"""Members of a group in the file, of either way to consume: each function is one step, inside one transaction.
+
+A member's row in `member` is its fence: without it, it gets nothing any more. `watch.py` says who is silent.
+"""
+
+from __future__ import annotations
+
+from sqlite3 import Connection
+from typing import NamedTuple
+
+from millstream.brokers.base import Subscription, check_mode, check_owner
+from millstream.brokers.sqlite import log
+
+
+class Life(NamedTuple):
+    """Who enters."""
+
+    name: str
+    nonce: str
+    beat_s: float
+
+
+class Member(NamedTuple):
+    """One life of a consumer: what it needs to find its own rows."""
+
+    id: int
+    name: str
+    nonce: str
+    group: int
+    stream: int
+
+
+class Beat(NamedTuple):
+    """A group's tick, and that of the other member who beat least recently."""
+
+    tick: int
+    oldest: int
+
+
+def enter(db: Connection, name: str, subscription: Subscription, life: Life) -> Member:
+    """Join the group, which is made if it is new. Raises `GroupOwned`, `StreamMismatch`, `NotSupported`."""
+    stream = log.declare(db, name, subscription.stream)
+    group = _known(db, stream, subscription, life.beat_s) or _make(db, stream, subscription)
+    row = (group, life.name, life.nonce, _tick(db, group), life.beat_s, subscription.lease_s)
+    added = db.execute("INSERT INTO member (grp, name, nonce, tick, beat_s, lease_s) VALUES (?, ?, ?, ?, ?, ?)", row)
+    assert added.lastrowid is not None
+    return Member(added.lastrowid, life.name, life.nonce, group, stream.id)
+
+
+def beat(db: Connection, me: Member, beat_s: float) -> Beat | None:
+    """Raise the group's tick, and go with it."""
+    if not present(db, me):
+        return None
+    tick = _tick(db, me.group)
+    db.execute("UPDATE member SET tick = ?, beat_s = ? WHERE id = ?", (tick, beat_s, me.id))
+    return Beat(tick, oldest(db, me, tick))
+
+
+def present(db: Connection, me: Member) -> bool:
+    """True while a member has its fence."""
+    return db.execute("SELECT 1 FROM member WHERE id = ? AND nonce = ?", (me.id, me.nonce)).fetchone() is not None
+
+
+def oldest(db: Connection, me: Member, tick: int) -> int:
+    """The tick of the other member who beat least recently; past the group's when there is no other."""
+    found = db.execute(
+        "SELECT tick FROM member WHERE grp = ? AND id <> ? ORDER BY tick LIMIT 1", (me.group, me.id)
+    ).fetchone()
+    return int(found[0]) if found else tick + 1
+
+
+def alive(db: Connection, group: int, now_s: float) -> int:
+    """How many members have beaten within their lease, as far as boot clocks can tell: for people, who decide by it."""
+    # A clock that was started anew says nothing about a member that beat before.
+    (count,) = db.execute(
+        "SELECT COUNT(*) FROM member WHERE grp = ? AND beat_s <= ? AND beat_s + lease_s > ?", (group, now_s, now_s)
+    ).fetchone()
+    return int(count)
+
+
+def _known(db: Connection, stream: log.Known, subscription: Subscription, now_s: float) -> int | None:
+    found = db.execute(
+        "SELECT id, owner, ordered FROM grp WHERE stream = ? AND name = ?", (stream.id, subscription.group)
+    ).fetchone()
+    if found is None:
+        return None
+    group, owner, ordered = found
+    check_owner(subscription.stream.name, subscription.group, owner, subscription.owner)
+    if ordered != subscription.order:
+        if _occupied(db, group, now_s):
+            check_mode(subscription.stream.name, subscription.group, bool(ordered), subscription.order)
+        _switch(db, group, stream, subscription.order)
+    return int(group)
+
+
+def _make(db: Connection, stream: log.Known, subscription: Subscription) -> int:
+    made = db.execute(
+        "INSERT INTO grp (stream, name, owner) VALUES (?, ?, ?)", (stream.id, subscription.group, subscription.owner)
+    )
+    assert made.lastrowid is not None
+    db.executemany(
+        "INSERT INTO cursor (grp, log, seq) VALUES (?, ?, ?)",
+        [(made.lastrowid, id_, log.locate(db, id_, subscription.start)) for id_ in _logs(stream)],
+    )
+    if subscription.order:
+        _switch(db, made.lastrowid, stream, ordered=True)
+    return made.lastrowid
+
+
+def _occupied(db: Connection, group: int, now_s: float) -> bool:
+    """True when a group has something to finish in its present way, or somebody who does."""
+    pending = db.execute("SELECT 1 FROM pending WHERE grp = ? LIMIT 1", (group,)).fetchone()
+    ahead = db.execute("SELECT 1 FROM lease WHERE grp = ? AND (parked > 0 OR h > 0) LIMIT 1", (group,)).fetchone()
+    return bool(pending or ahead or alive(db, group, now_s))
+
+
+def _switch(db: Connection, group: int, stream: log.Known, ordered: bool) -> None:
+    """Let a group consume in this way from now on, from its cursors, and whoever was silent find its fence gone."""
+    db.execute("DELETE FROM member WHERE grp = ?", (group,))
+    db.execute("DELETE FROM note WHERE grp = ?", (group,))
+    db.execute("UPDATE grp SET ordered = ? WHERE id = ?", (ordered, group))
+    db.execute(
+        "UPDATE lease SET owner = '', epoch = epoch + 1, clean = 1, want = '', next = '' WHERE grp = ?", (group,)
+    )
+    if ordered:
+        rows = [(group, id_) for id_ in _logs(stream)]
+        db.executemany("INSERT INTO lease (grp, log) VALUES (?, ?) ON CONFLICT DO NOTHING", rows)
+
+
+def _logs(stream: log.Known) -> list[int]:
+    return [stream.log(partition) for partition in range(stream.partitions)]
+
+
+def _tick(db: Connection, group: int) -> int:
+    db.execute("UPDATE grp SET tick = tick + 1 WHERE id = ?", (group,))
+    (tick,) = db.execute("SELECT tick FROM grp WHERE id = ?", (group,)).fetchone()
+    return int(tick)

@@ -1,0 +1,142 @@
+"""What people do to a group in the file, of either way to consume: each function is one step, inside one transaction."""
+
+from __future__ import annotations
+
+from sqlite3 import Connection
+from typing import NamedTuple
+
+from millstream.brokers.base import Start
+from millstream.brokers.ledger import Park
+from millstream.brokers.sqlite import log, parked
+from millstream.brokers.sqlite.member import alive
+from millstream.brokers.sqlite.parked import Part
+from millstream.brokers.window import keyless
+from millstream.errors import BrokerRefused
+
+LETTER = "row, event_id, type, source, stored_ms, time_ms, subject, headers, data"  # as `log.stored` takes it
+
+_TABLES = ("cursor", "member", "pending", "dead", "lease", "parked_key", "parked", "note")
+
+
+class Known(NamedTuple):
+    """A group as the file knows it."""
+
+    id: int
+    stream: log.Known
+    ordered: bool
+
+    def part(self, partition: int) -> Part:
+        """Its share in a partition."""
+        return Part(self.id, self.stream.log(partition))
+
+    @property
+    def parts(self) -> list[Part]:
+        """Its share in each partition."""
+        return [self.part(partition) for partition in range(self.stream.partitions)]
+
+
+def find(db: Connection, stream: str, group: str) -> Known | None:
+    """The group under this name, or None."""
+    known = log.find(db, stream)
+    if known is None:
+        return None
+    found = db.execute("SELECT id, ordered FROM grp WHERE stream = ? AND name = ?", (known.id, group)).fetchone()
+    return Known(found[0], known, bool(found[1])) if found else None
+
+
+def replay(db: Connection, group: Known, letter: int, now_ms: int) -> bool:
+    """Let the event of a dead letter come again as if it were new, in order behind all that waits of its key.
+
+    False when the letter is gone; without order also when its event is.
+    """
+    row = db.execute(f"SELECT {LETTER} FROM dead WHERE id = ? AND grp = ?", (letter, group.id)).fetchone()  # noqa: S608
+    if row is None:
+        return False
+    if group.ordered:
+        _park(db, Part(group.id, row[0] >> log.SEQ_BITS), row, now_ms)
+    elif not _wait(db, group.id, row[0]):
+        return False
+    return _forget(db, group.id, letter, "replayed")
+
+
+def drop(db: Connection, group: Known, letter: int) -> bool:
+    """Forget a dead letter; False when it is gone."""
+    return _forget(db, group.id, letter, "dropped")
+
+
+def release_key(db: Connection, group: Known, partition: int, key: str) -> bool:
+    """Let a key be tried at once, attempts counted anew; False when nothing of it is parked."""
+    return parked.release(db, group.part(partition), key)
+
+
+def drop_key(db: Connection, group: Known, partition: int, key: str) -> int:
+    """Forget all that is parked of a key; how many events."""
+    part = group.part(partition)
+    count = parked.drop(db, part, key)
+    db.execute("UPDATE lease SET parked = parked - ? WHERE grp = ? AND log = ?", (count, *part))
+    return count
+
+
+def seek(db: Connection, group: Known, start: Start) -> None:
+    """Go on from another place. Whoever holds something finds that it has lost it: nothing of it was his fault."""
+    db.execute("DELETE FROM pending WHERE grp = ?", (group.id,))
+    if not group.ordered:
+        db.execute("DELETE FROM member WHERE grp = ?", (group.id,))
+    db.execute("DELETE FROM note WHERE grp = ?", (group.id,))
+    for part in group.parts:
+        seq = log.locate(db, part.log, start)
+        db.execute("UPDATE cursor SET seq = ? WHERE grp = ? AND log = ?", (seq, *part))
+        if group.ordered:
+            _seek(db, part, seq)
+
+
+def forget(db: Connection, group: Known) -> None:
+    """Delete a group with all that it has."""
+    for table in _TABLES:
+        db.execute(f"DELETE FROM {table} WHERE grp = ?", (group.id,))  # noqa: S608 - one of our own words
+    db.execute("DELETE FROM grp WHERE id = ?", (group.id,))
+
+
+def check_no_members(db: Connection, group: Known, name: str, now_s: float) -> None:
+    """Raise `BrokerRefused` when somebody consumes."""
+    if count := alive(db, group.id, now_s):
+        raise BrokerRefused(f"group {name!r} of stream {group.stream.name!r} has {count} members: stop them")
+
+
+def _seek(db: Connection, part: Part, seq: int) -> None:
+    parked.drop_behind(db, part, part.log << log.SEQ_BITS | seq)
+    db.execute(
+        "UPDATE lease SET owner = '', epoch = epoch + 1, clean = 1, want = '', next = '', h = 0, open = '', "
+        "parked = (SELECT COUNT(*) FROM parked AS p WHERE p.grp = lease.grp AND p.log = lease.log) "
+        "WHERE grp = ? AND log = ?",
+        part,
+    )
+
+
+def _park(db: Connection, part: Part, row: log.Row, now_ms: int) -> None:
+    stored = log.stored(row)
+    parked.park(db, part, Park(stored.record.key or keyless(stored.position.offset), stored), now_ms)
+    db.execute("UPDATE lease SET parked = parked + 1 WHERE grp = ? AND log = ?", part)
+
+
+def _wait(db: Connection, group: int, row: int) -> bool:
+    """Let an event be claimed again; False when it is gone. After a seek it may come by itself: then not twice."""
+    if db.execute("SELECT 1 FROM event WHERE row = ?", (row,)).fetchone() is None:
+        return False
+    db.execute(
+        "INSERT INTO pending (grp, consumer, row, attempt, due_ms) SELECT grp, 0, ?, 0, 0 FROM cursor "
+        "WHERE grp = ? AND log = ? AND seq >= ? AND NOT EXISTS (SELECT 1 FROM pending WHERE grp = ? AND row = ? "
+        "AND consumer IN (SELECT 0 UNION ALL SELECT id FROM member WHERE grp = ?))",
+        (row, group, row >> log.SEQ_BITS, row & log.MAX_SEQ, group, row, group),
+    )
+    return True
+
+
+def _forget(db: Connection, group: int, letter: int, counter: str) -> bool:
+    found = db.execute("SELECT row FROM dead WHERE id = ? AND grp = ?", (letter, group)).fetchone()
+    if found is None:
+        return False
+    db.execute("DELETE FROM dead WHERE id = ?", (letter,))
+    db.execute("UPDATE cursor SET dead = dead - 1 WHERE grp = ? AND log = ?", (group, found[0] >> log.SEQ_BITS))
+    db.execute(f"UPDATE grp SET {counter} = {counter} + 1 WHERE id = ?", (group,))  # noqa: S608 - one of our own words
+    return True

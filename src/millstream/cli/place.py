@@ -1,0 +1,79 @@
+"""Places in a stream that a group can go to, and how many events lie behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import click
+
+from millstream.brokers.base import Broker, GroupInfo, Position, Start
+from millstream.cli import show, target
+from millstream.cli.main import Refused
+
+MAX_COUNTED = 100_000  # events that a plan reads to count them: it is to be there soon
+PAGE = 1_000
+
+
+class Behind(NamedTuple):
+    """What lies behind a place."""
+
+    places: Mapping[int, Position | None]
+    counts: Mapping[int, int]
+    """Events of each partition, as far as they were counted."""
+    complete: bool
+    """False: there are more."""
+    first_ms: int | None
+    last_ms: int | None
+
+    def __str__(self) -> str:
+        """How many, from when to when."""
+        words = ("" if self.complete else "more than ") + show.many(sum(self.counts.values()), "event")
+        if self.first_ms is None:
+            return words
+        until = f" to {show.moment(self.last_ms)}" if self.complete else " on"
+        return f"{words}, from {show.moment(self.first_ms)}{until}"
+
+
+def place(context: click.Context, option: click.Parameter, value: str) -> Start:
+    """An option's `beginning`, `now` or TIME."""
+    if value == "now":
+        return "now"
+    at_ms = None if value == "beginning" else target.moment(context, option, value)
+    return "beginning" if at_ms is None else at_ms
+
+
+def words(start: Start) -> str:
+    """A place, for people."""
+    return show.moment(start) if isinstance(start, int) else start
+
+
+async def behind(broker: Broker, stream: str, start: Start) -> Behind:
+    """Count the events behind a place; of each partition its share of the most that are counted."""
+    places = await broker.locate(stream, start)
+    most = max(PAGE, MAX_COUNTED // len(places))
+    counts = dict.fromkeys(places, 0)
+    complete, times = True, list[int]()
+    for partition, after in places.items():
+        while page := await broker.read(stream, partition, after, PAGE):
+            counts[partition] += len(page)
+            times += page[0].record.time_ms, page[-1].record.time_ms
+            after = page[-1].position
+            if counts[partition] >= most:
+                complete = False
+                break
+    return Behind(places, counts, complete, min(times, default=None), max(times, default=None))
+
+
+def tell_consumers(info: GroupInfo) -> None:
+    """Say who works for the group."""
+    if info.consumers:
+        show.note(f"{show.many(info.consumers, 'consumer')} of it run now")
+
+
+def check_alone(info: GroupInfo, live: bool) -> None:
+    """Raise `Refused` for a group with consumers, unless they may lose what they hold."""
+    if info.consumers and not live:
+        raise Refused(
+            f"{info.stream}/{info.group} runs: stop its consumers, or say --live, and they lose what they hold"
+        )
