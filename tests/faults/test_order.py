@@ -33,7 +33,7 @@ Told = Callable[[str, object], None]
 def sizes(url: str) -> tuple[int, int, float]:
     """How many events, of how many keys, and how long one takes, in seconds."""
     if LONG:
-        return (1_000_000, 10_000, 0.0) if url.startswith("redis") else (100_000, 10_000, 0.0)
+        return (1_000_000, 10_000, 0.0) if url.startswith("redis") else (100_000, 10_000, 0.02)
     return 20_000, 2_000, 0.04
 
 
@@ -147,6 +147,8 @@ class Fate:
         """Enough of it."""
         while len(self._workers) < WORKERS:
             self._workers.append(worker(self._crew))
+        pids = {child.pid for child in self._workers}
+        self._crew.until(lambda: pids <= set(self._crew.up()), "somebody does not join")
         return self._workers
 
 
