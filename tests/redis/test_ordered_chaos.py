@@ -1,4 +1,4 @@
-"""Order and delivery hold while connections are cut, by chance."""
+"""Order and delivery hold while connections are cut, and members thrown out, by chance."""
 
 from __future__ import annotations
 
@@ -26,12 +26,15 @@ from tests.servers import RedisServer
 started = brokers.started
 server = brokers.server
 
-CUT = 0.04  # of all calls
+CUT, THROWN_OUT = 0.04, 0.005  # of all calls
 NAMESPACES = count()
 
 
 class Cut:
-    """A member whose connections end before or while it is called, and who is called again until it answers."""
+    """A member whose connections end before or while it is called, and who is called again until it answers.
+
+    Now and then somebody takes it for dead.
+    """
 
     def __init__(self, consumer: OrderedConsumer, server: RedisServer, chance: random.Random) -> None:
         self._consumer = consumer
@@ -67,11 +70,15 @@ class Cut:
             for link in life._pair._links.values():
                 if self._chance.random() < CUT:
                     run_in(self._server, "CLIENT", "KILL", "ID", link.client_id)
+            if self._chance.random() < THROWN_OUT:
+                run_in(self._server, "DEL", life._fence)
         return await persistent(call, *args)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-async def test_order_and_delivery_hold_while_connections_are_cut(server: RedisServer, seed: int) -> None:
+async def test_order_and_delivery_hold_while_connections_are_cut_and_members_thrown_out(
+    server: RedisServer, seed: int
+) -> None:
     chance = random.Random(seed)
 
     class CutBroker(RedisBroker):

@@ -339,28 +339,6 @@ async def test_the_bound_of_dead_letters_makes_their_keys_wait(
         assert key.first == claims[1].stored.position and key.due_ms is not None and key.attempts == 0
 
 
-async def test_progress_costs_the_append_only_file_a_twentieth_of_single_acks() -> None:
-    def written(server: RedisServer) -> int:
-        lines = run_in(server, "INFO", "persistence").splitlines()
-        return next(int(line.split(b":")[1]) for line in lines if line.startswith(b"aof_current_size:"))
-
-    with RedisServer.start("7", appendonly="yes") as server:
-        async with opened(server.url, ORDERS, StreamSpec("loose")) as broker:
-            loose, consumer = await joined(broker, StreamSpec("loose")), await member(broker)
-            sizes: list[int] = []
-            for one, stream in (loose, "loose"), (consumer, "orders"):
-                await broker.append(stream, records(200))
-                before = written(server)
-                async with asyncio.timeout(WAIT_S):
-                    claims = await one.fetch(200, 5)
-                assert len(claims) == 200
-                assert all(await one.settle([Settlement(claim.stored.position, Done()) for claim in claims]))
-                sizes.append(written(server) - before)
-            assert sizes[1] * 20 < sizes[0], sizes
-            await loose.close()
-            await consumer.close()
-
-
 # Ways of consuming
 
 
