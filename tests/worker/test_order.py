@@ -8,6 +8,7 @@ from collections import defaultdict
 import pytest
 
 from millstream import App, Batch, BatchFailed, Delivery, Event, Reject, Retry, RetryLater, Skip, Stream
+from millstream.brokers.memory.ordered import OrderedGroup
 from millstream.errors import BadHandler, BadSetting
 from millstream.telemetry import HELD
 from millstream.testing import TestApp
@@ -223,6 +224,51 @@ async def test_a_second_process_takes_its_share_and_no_event_is_handled_twice() 
     assert seen[second] and min(token for *_, token in both) > 0
     for numbers in by_tail(seen[first]), by_tail(seen[second]):
         assert all(found == sorted(found) for found in numbers.values())
+
+
+async def test_a_lease_lost_inside_a_batch_cancels_it_and_drops_what_it_published() -> None:
+    app, calls, cancelled = app_of(), list[list[int]](), list[bool]()
+    broker = memory(app)
+
+    @app.subscriber(flights, "load", batch=Batch(10))
+    async def load(deliveries: list[Delivery[Moved]]) -> None:
+        calls.append([delivery.event.n for delivery in deliveries])
+        if len(calls) > 1:
+            return
+        deliveries[0].publish(Moved(tail="N2", n=99))
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.append(True)
+            raise
+
+    async with at_work(app, broker):
+        await app.publish_many([Moved(tail="N1", n=n) for n in range(5)])
+        await until(lambda: calls)
+        group = broker.logs["flights"].groups["load"]
+        assert isinstance(group, OrderedGroup)
+        for part in group.parts:
+            part.owner, part.epoch = "", part.epoch + 1  # as somebody does who takes over, and leaves again
+        await settled(broker, "load", "flights")
+    assert cancelled == [True]
+    assert [n for call in calls[1:] for n in call] == list(range(5))
+
+
+async def test_an_event_that_takes_too_long_makes_its_key_wait_and_no_other() -> None:
+    app, seen = app_of(), list[tuple[str, int]]()
+
+    @app.subscriber(flights, "board", timeout="5s", retry=Retry(3, first="1m", factor=1))
+    async def board(event: Moved, delivery: Delivery[Moved]) -> None:
+        if (event.tail, event.n, delivery.attempt) == ("N1", 0, 1):
+            await asyncio.Event().wait()
+        seen.append((event.tail, event.n))
+
+    async with TestApp(app, raise_errors=False, patience="50ms") as t:
+        await app.publish_many([Moved(tail=tail, n=n) for n in range(3) for tail in ("N1", "N2")])
+        await t.idle()
+        assert seen == [("N2", 0), ("N2", 1), ("N2", 2)]
+        await t.advance("2m")
+    assert seen[3:] == [("N1", 0), ("N1", 1), ("N1", 2)]
 
 
 def shares(broker: object) -> list[int]:
