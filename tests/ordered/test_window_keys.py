@@ -100,6 +100,24 @@ def test_what_waited_behind_goes_on_in_order_when_its_key_does_not_wait_any_more
     assert numbers(window.hand_out(10)) == [2, 3, 5]
 
 
+def test_of_a_key_no_more_is_handed_out_at_once_and_its_order_stays() -> None:
+    window = opened("aaabaaa")
+    assert numbers(window.hand_out(10, 2)) == [1, 2, 4]
+    assert settle(window, 1)
+    window.put(claims("ab", first=8))
+    assert numbers(window.hand_out(10, 2)) == [9]
+    assert settle(window, 2)
+    assert numbers(window.hand_out(10, 2)) == [3, 5]
+    assert settle(window, 3) and settle(window, 5, Later(0, "busy"))
+    assert numbers(window.hand_out(10, 2)) == []
+    assert [effect.stored.position.offset for effect in stored(window).effects if isinstance(effect, Park)] == [
+        "5",
+        "6",
+        "7",
+        "8",
+    ]
+
+
 def test_what_waited_behind_goes_on_when_nothing_is_out_before_it() -> None:
     window = opened("aab")
     window.hand_out(1)

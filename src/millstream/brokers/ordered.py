@@ -27,6 +27,10 @@ from millstream.units import DEAD_FULL_S, MAX_PARKED
 LOOK_S = 0.5  # how often the others are looked at, at most: a takeover follows within a second of the lease
 MAX_HEADS = 32  # of a partition, begun in one step
 MAX_READ = 1_000  # events in one answer
+LEAST_OF_A_KEY = (
+    8  # events of one key are handed out at once, and at most as many as a fetch asks for: a worker asks for half
+)
+# of what it has room for, so that a slow key leaves the other half to others
 FULL_TOLD_S = 1.0  # a partition that waits since too much is parked says so this often, at most
 LEAST_WAIT_S = 0.001  # due times are whole milliseconds
 
@@ -320,7 +324,7 @@ class OrderedConsumer:
             if window.events_parked >= self._max_parked:
                 self._tell_full(window)
             elif len(claims) < limit:
-                claims += window.hand_out(limit - len(claims))
+                claims += window.hand_out(limit - len(claims), max(limit, LEAST_OF_A_KEY))
         return claims
 
     def _tell_full(self, window: Window) -> None:

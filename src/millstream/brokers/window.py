@@ -1,8 +1,9 @@
 """The window: one partition in the hands of its owner. Pure: events and outcomes go in, claims and commits come out.
 
     read ──► ready ──hand_out──► out ──Done, Dead──────────────► settled ──commit──► covered ──w passes──► gone
-               │                  └──Later──► parks its key ────────┘ ▲
-               └─ its key is parked ──► behind ── all before it are settled ┘
+             ▲ │                  └──Later──► parks its key ────────┘ ▲
+             │ └─ its key is parked ──► behind ── all before it are settled ┘
+             └──── its key has enough out ─┘
 
 Events come in the order of the log and are settled in any order, at most one of a key at a time. The mark `w` follows the
 first one that is not settled; what is settled beyond it is told by `h` and `open`, so that a crash repeats it only where
@@ -164,16 +165,19 @@ class Window:
 
     # Handing out.
 
-    def hand_out(self, limit: int) -> list[Claim]:
-        """The next claims, in order. Events of a key that is parked are set aside instead."""
+    def hand_out(self, limit: int, of_a_key: int = WINDOW) -> list[Claim]:
+        """The next claims, in order; of one key not more at once, or a slow one would take all room.
+
+        Events of a key that is parked are set aside instead.
+        """
         claims: list[Claim] = []
         if self.draining:
             return claims
-        ready, out, parked = self._ready, self._out, self.parked
+        ready, out, parked, behind = self._ready, self._out, self.parked, self._behind
         while ready and len(claims) < limit:
             slot = ready.popleft()
             key = slot.key
-            if parked and key in parked:
+            if (parked and key in parked) or (behind and key in behind) or out.get(key, 0) >= of_a_key:
                 self._put_behind(slot)
                 continue
             slot.phase = Phase.OUT
