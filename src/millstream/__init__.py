@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from millstream.errors import GroupOwned as GroupOwned
     from millstream.errors import GroupVanished as GroupVanished
     from millstream.errors import LeaseLost as LeaseLost
+    from millstream.errors import LogRegressed as LogRegressed
     from millstream.errors import MillstreamError as MillstreamError
     from millstream.errors import NotSupported as NotSupported
     from millstream.errors import PublishError as PublishError
@@ -59,8 +60,8 @@ _HOMES = {
     "app": "App",
     "delivery": "Delivery Envelope",
     "errors": "BadEvent BadHandler BadSetting BadStream BatchFailed BrokerDown BrokerError BrokerFull BrokerRefused "
-    "ConfigError GroupOwned GroupVanished LeaseLost MillstreamError NotSupported PublishError Reject RetryLater Skip "
-    "StreamMismatch TooLarge Unconfirmed Unroutable Verdict WireError",
+    "ConfigError GroupOwned GroupVanished LeaseLost LogRegressed MillstreamError NotSupported PublishError Reject "
+    "RetryLater Skip StreamMismatch TooLarge Unconfirmed Unroutable Verdict WireError",
     "event": "Event event",
     "handlers.depends": "Depends",
     "handlers.router": "Part Router",
@@ -113,6 +114,7 @@ __all__ = [
     "BrokerRefused",
     "GroupVanished",
     "LeaseLost",
+    "LogRegressed",
 ]
 
 if not TYPE_CHECKING:  # a checker that saw it would take every misspelt name for a public one

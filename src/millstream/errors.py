@@ -112,6 +112,10 @@ class LeaseLost(BrokerError):
     """Somebody else has taken over what we held."""
 
 
+class LogRegressed(BrokerError):
+    """A log ends before what was settled: the server came back with less. It is consumed from its first event again."""
+
+
 class Verdict(Exception):
     """Raised by a handler to decide the outcome itself."""
 

@@ -170,8 +170,6 @@ def test_a_group_that_runs_is_moved_only_when_that_is_meant(project: Project, hi
         (("replay", "orders", "--since", "1h"), "Missing option '--to-group'"),
         (("replay", "orders", "--to-group", "billing"), "Missing option '--since'"),
         (("replay", "orders", "--since", "x", "--to-group", "billing"), "'x' is not a time"),
-        (("replay", "orders", "--since", "1h", "--to-group", "billing", "--until", "1m"), "--until is not possible: "),
-        (("replay", "orders", "--since", "1h", "--to-group", "billing", "--rate", "9"), "--rate is not possible: "),
     ],
 )
 def test_what_cannot_be_meant_is_said_and_nothing_is_done(

@@ -100,6 +100,15 @@ def test_what_waited_behind_goes_on_in_order_when_its_key_does_not_wait_any_more
     assert numbers(window.hand_out(10)) == [2, 3, 5]
 
 
+def test_what_joins_a_key_that_waits_does_not_make_it_due() -> None:
+    window = handed_out("a")
+    assert settle(window, 1, Later(5_000, "busy"))
+    stored(window)
+    window.put(claims("a", first=2))
+    assert window.hand_out(10) == [] and stored(window).effects
+    assert window.due_ms == 5_000
+
+
 def test_of_a_key_no_more_is_handed_out_at_once_and_its_order_stays() -> None:
     window = opened("aaabaaa")
     assert numbers(window.hand_out(10, 2)) == [1, 2, 4]

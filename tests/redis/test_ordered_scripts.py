@@ -9,7 +9,7 @@ import pytest
 from hiredis import ReplyError
 
 from tests.redis import brokers
-from tests.redis.raw import DEAD, DUE, GROUP, LEASE, LIVE, LOG, META, NOTE, PARKED, PARKINFO, Raw, fence, park
+from tests.redis.raw import DEAD, DUE, GROUP, LEASE, LIVE, LOG, META, NOTE, PARKED, PARKINFO, STATS, Raw, fence, park
 from tests.servers import RedisServer
 
 started = brokers.started
@@ -322,7 +322,84 @@ def test_a_long_event_key_appears_as_its_digest() -> None:
     assert len(park("k" * 257)) == len(park("")) + 64 and park("k" * 257) != park("k" * 258)
 
 
+# Giving events again
+
+
+def given(redis: Raw, *ids: bytes, key: str = "k") -> Any:
+    words = [word for id_ in ids for word in (key, event(id_))]
+    return redis.run("repark", [LOG, LEASE, PARKED, PARKINFO, *[park(key)] * len(ids)], [GROUP, *words])
+
+
+def test_only_what_is_settled_and_not_parked_joins_the_end_of_its_key(redis: Raw) -> None:
+    ids = redis.add(6)
+    first = granted(redis, "a")
+    redis.commit("a", first.epoch, 1, ids[1], 2, parked("k", ids[1], FAR_MS), h=ids[4], opened=ids[2] + b" " + ids[3])
+    assert given(redis, *ids, ids[0]) == 2
+    assert redis.do("LRANGE", park("k"), 0, -1) == [event(ids[1]), event(ids[0]), event(ids[4])]
+    assert redis.do("ZSCORE", PARKED, "k") == b"%d" % FAR_MS and redis.do("HGET", PARKINFO, "=k").startswith(b"1 0 ")
+    assert given(redis, ids[0], key="other") == 1
+    assert redis.do("ZSCORE", PARKED, "other") == b"0" and redis.do("HGET", PARKINFO, "=other").startswith(b"0 0 ")
+    assert redis.do("HGET", PARKINFO, "#n") == b"4"
+    before = everything(redis)
+    assert given(redis, *ids) == 0 and everything(redis) == before
+
+
+def test_a_long_list_is_looked_through_to_its_end(redis: Raw) -> None:
+    ids = redis.add(250)
+    first = granted(redis, "a")
+    redis.commit("a", first.epoch, 1, ids[-1], 250)
+    assert given(redis, *ids[:200]) == 200 and given(redis, *ids[50:]) == 50
+    assert redis.do("LLEN", park("k")) == 250 and given(redis, ids[0], ids[120], ids[249]) == 0
+
+
+def test_where_the_group_was_moved_back_by_hand_what_comes_again_is_not_given(redis: Raw) -> None:
+    ids = redis.add(3)
+    assert given(redis, ids[0]) == 0, "nobody has begun"
+    first = granted(redis, "a")
+    redis.commit("a", first.epoch, 1, ids[2], 3)
+    redis.do("XGROUP", "SETID", LOG, GROUP, ids[0])
+    assert given(redis, *ids) == 1
+    redis.do("XGROUP", "DESTROY", LOG, GROUP)
+    assert given(redis, *ids) == 0
+
+
+def test_without_order_only_what_is_settled_and_still_there_waits_again(redis: Raw) -> None:
+    def given(*ids: bytes) -> Any:
+        return redis.run("give", [LOG, DUE, STATS, NOTE], [GROUP, *ids])
+
+    redis.do("DEL", META, LOG)
+    redis.join()
+    ids = redis.add(4)
+    redis.read("c", 3)
+    redis.do("XACK", LOG, GROUP, *ids[:2])
+    redis.do("XDEL", LOG, ids[1])
+    redis.do("HSET", NOTE, ids[0], "2", b"+" + ids[0], "3")
+    assert given(*ids, ids[0]) == 1 and given(*ids) == 0
+    assert redis.pending() == [(ids[0], b"~due", 0), (ids[2], b"c", 1)]
+    assert redis.do("ZRANGE", DUE, 0, -1, "WITHSCORES") == [ids[0], b"0"] and not redis.do("EXISTS", NOTE)
+    assert redis.do("HGET", STATS, "given") == b"1"
+    redis.do("XACK", LOG, GROUP, ids[0])
+    fill(redis)
+    before = everything(redis)
+    with pytest.raises(ReplyError, match="OOM"):
+        given(ids[0])
+    assert everything(redis) == before
+    redis.do("DEL", LOG)
+    assert given(ids[0]) == 0
+
+
 # At maxmemory
+
+
+def test_at_maxmemory_nothing_is_given(redis: Raw) -> None:
+    (id_,) = redis.add()
+    first = granted(redis, "a")
+    redis.commit("a", first.epoch, 1, id_, 1)
+    fill(redis)
+    before = everything(redis)
+    with pytest.raises(ReplyError, match="OOM"):
+        given(redis, id_)
+    assert everything(redis) == before
 
 
 def test_at_maxmemory_all_is_stored_but_dead_letters(redis: Raw) -> None:

@@ -23,7 +23,7 @@ from millstream.brokers.ordered import OrderedConsumer
 from millstream.brokers.redis import progress
 from millstream.brokers.redis.broker import RedisBroker
 from millstream.brokers.redis.keys import Keys
-from millstream.brokers.redis.ledger import RedisLedger
+from millstream.brokers.redis.ledger import Lives, RedisLedger
 from millstream.errors import BrokerDown, BrokerFull, GroupOwned, NotSupported
 from tests.redis import brokers
 from tests.redis.brokers import opened, records, run_in
@@ -347,7 +347,7 @@ async def test_a_group_at_rest_may_change_its_way_and_one_at_work_may_not(server
         await broker.append("many", records(8, partitions=4))
         queue = await joined(broker, MANY)
         with pytest.raises(NotSupported, match="order='none'"):
-            await member(broker, MANY)
+            await Lives(broker, Subscription(MANY, GROUP, "app", lease_s=LEASE_S, order=True))().enter()
         async with asyncio.timeout(WAIT_S):
             claims: list[Claim] = []
             while len(claims) < 8:
@@ -357,7 +357,7 @@ async def test_a_group_at_rest_may_change_its_way_and_one_at_work_may_not(server
         assert await queue.settle([Settlement(claims[7].stored.position, late)]) == [True]
         await queue.close()
         with pytest.raises(NotSupported, match="order='none'"):
-            await member(broker, MANY)
+            await Lives(broker, Subscription(MANY, GROUP, "app", lease_s=LEASE_S, order=True))().enter()
         at = claims[7].stored.position
         log = Keys("", "many", 4).log(at.partition)
         run_in(server, "XACK", log, GROUP, at.offset)

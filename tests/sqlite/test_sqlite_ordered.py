@@ -38,6 +38,7 @@ from millstream.brokers.ledger import (
 )
 from millstream.brokers.sqlite import file, ordered
 from millstream.brokers.sqlite.broker import SQLiteBroker
+from millstream.brokers.sqlite.consumer import SQLiteConsumer
 from millstream.brokers.sqlite.file import APPLICATION_ID, SCHEMA_VERSION
 from millstream.brokers.sqlite.ledger import SQLiteLedger
 from millstream.errors import BrokerFull, BrokerRefused, LeaseLost, NotSupported
@@ -342,11 +343,11 @@ async def test_a_group_with_nothing_to_finish_changes_its_way_and_keeps_its_plac
         await broker.append("orders", of_keys("ab"))
         [a, b] = await queue.fetch(2, 0)
         with pytest.raises(NotSupported, match="without order"):
-            await broker.subscribe(IN_ORDER)
+            await entered(broker)
         assert await queue.settle(outcomes([a])) == [True]
         await queue.close()
         with pytest.raises(NotSupported, match="without order"):
-            await broker.subscribe(IN_ORDER)
+            await entered(broker)
         queue = await joined(broker)
         assert await queue.settle(outcomes(await queue.fetch(2, 1.0))) == [True]
         await queue.close()
@@ -355,12 +356,12 @@ async def test_a_group_with_nothing_to_finish_changes_its_way_and_keeps_its_plac
         grant = await granted(ledger)
         assert (grant.epoch, grant.w) == (1, b.stored.position.offset)
         with pytest.raises(NotSupported, match="order of keys"):
-            await joined(broker)
+            await SQLiteConsumer(broker, Subscription(ORDERS, "billing", "shop", lease_s=LEASE_S)).enter()
         [c, d] = await ledger.read({0: Cursor("2", 10, 1)}, 10, 0)
         await ledger.commit([progress(grant, 1, "3", Park("c", c.stored, HELD_MS, 1))])
         await ledger.leave()
         with pytest.raises(NotSupported, match="order of keys"):
-            await joined(broker)
+            await SQLiteConsumer(broker, Subscription(ORDERS, "billing", "shop", lease_s=LEASE_S)).enter()
         [key] = await broker.admin.keys("orders", "billing")
         assert await broker.admin.drop_keys([key]) == [1]
         by_hand(path, "UPDATE member SET beat_s = -1000")
@@ -540,7 +541,7 @@ async def test_a_file_of_the_first_version_is_upgraded_and_keeps_all_that_it_has
         now = await info(broker)
         assert (now.group, now.owner, now.lag, now.pending, now.done) == ("billing", "shop", 1, 1, 1)
         with pytest.raises(NotSupported, match="without order"):
-            await broker.subscribe(IN_ORDER)
+            await entered(broker)
         consumer = await joined(broker)
         claims = await consumer.fetch(10, 1.0)
         assert [(claim.stored.record.id, claim.attempt) for claim in claims] == [("e-2", 2), ("e-3", 1)]

@@ -31,6 +31,7 @@ __all__ = [
     "GroupInfo",
     "Kept",
     "Later",
+    "OtherOrder",
     "Outcome",
     "Output",
     "ParkedKey",
@@ -55,6 +56,22 @@ Confirm: TypeAlias = Literal["memory", "fsync", "replicated"]
 
 Start: TypeAlias = Literal["beginning", "now"] | int
 """Where a group begins at its birth: with the first event, with the next one, or at a time in epoch milliseconds."""
+
+
+WAYS = {True: "in the order of keys", False: "without order"}
+"""How a group consumes, in words."""
+
+
+class OtherOrder(NotSupported):
+    """The group consumes in the other way, with order or without, and has something to finish in it.
+
+    `until_ms`: when the last of the events that wait for another attempt is due, which may be past; 0 while none waits, so
+    that only members stand in the way.
+    """
+
+    def __init__(self, message: str, until_ms: float = 0.0) -> None:
+        super().__init__(message)
+        self.until_ms = until_ms
 
 
 class Stored(Struct, frozen=True, gc=False):
@@ -169,6 +186,8 @@ class Subscription(Struct, frozen=True, gc=False):
     start: Start = "beginning"
     lease_s: float = 10.0
     order: bool = False
+    fresh: bool = True
+    """False: take what waits, or was left behind by others, and nothing new."""
 
 
 class Consumer(Protocol):
@@ -318,6 +337,17 @@ class Admin(Protocol):
         """Give dead letters back to their own group, attempts counted anew; False where the letter or its event is gone."""
         ...
 
+    async def give(self, stream: str, group: str, events: Sequence[Stored]) -> int:
+        """Let a group handle events of its stream once more, attempts counted anew; how many were given.
+
+        Those that it has not settled yet are left out, since they come anyway; so nothing is given twice while it waits. In
+        an ordered group, events of a key come in the order in which they stand here, behind all that is parked of the key;
+        without order, one that is gone from the stream is left out too. Settled is what is stored as settled: a member of an
+        ordered group stores every few seconds what it has settled behind an event that still runs. When it raises, some may
+        have been given: give the same again. Raises `BrokerRefused` for an unknown group.
+        """
+        ...
+
     async def drop(self, letters: Sequence[DeadLetter]) -> list[bool]:
         """Discard dead letters for ever; False where the letter is gone."""
         ...
@@ -410,7 +440,11 @@ class Broker(Protocol):
         ...
 
     async def subscribe(self, subscription: Subscription) -> Consumer:
-        """Join a group, which is made if it is new. Raises `GroupOwned`, `StreamMismatch`, `NotSupported`."""
+        """Join a group, which is made if it is new. Raises `GroupOwned`, `StreamMismatch`, `NotSupported`.
+
+        One that has to finish in the other way, with order or without, is joined in that way and switched later: see
+        `brokers.switching`.
+        """
         ...
 
 
@@ -433,13 +467,13 @@ def check_owner(stream: str, group: str, owner: str, ours: str) -> None:
         )
 
 
-def check_mode(stream: str, group: str, ordered: bool, ours: bool) -> None:
-    """Raise `NotSupported` when the group consumes in the other way."""
+def check_mode(stream: str, group: str, ordered: bool, ours: bool, until_ms: float = 0.0) -> None:
+    """Raise `OtherOrder` when the group consumes in the other way."""
     if ordered != ours:
-        how = {True: "in the order of keys", False: "without order"}
-        raise NotSupported(
-            f"group {group!r} of stream {stream!r} consumes {how[ordered]}, and this app asks for {how[ours]}: "
-            f"write order={'key' if ordered else 'none'!r} at its subscribers, or use another name"
+        raise OtherOrder(
+            f"group {group!r} of stream {stream!r} consumes {WAYS[ordered]}, and this app asks for {WAYS[ours]}: "
+            f"write order={'key' if ordered else 'none'!r} at its subscribers, or use another name",
+            until_ms,
         )
 
 

@@ -20,7 +20,7 @@ from millstream.brokers.ledger import Cursor, Grant, Lease, Ledger, State, View
 from millstream.brokers.share import share
 from millstream.brokers.window import Window
 from millstream.clock import Clock
-from millstream.errors import BrokerError, BrokerFull, LeaseLost
+from millstream.errors import BrokerError, BrokerFull, LeaseLost, LogRegressed
 from millstream.telemetry import ACQUIRED, BROKER_ERROR, RELEASED, Telemetry, logger
 from millstream.units import DEAD_FULL_S, MAX_PARKED
 
@@ -286,11 +286,12 @@ class OrderedConsumer:
     def _tell(self, grant: Grant) -> None:
         stream, group = self._subscription.stream.name, self._subscription.group
         if grant.regressed:
-            logger.error(
-                "group %s of %s: partition %d ends before what was settled: the server came back with less. It begins anew "
-                "from the first event, and handlers see again what is still there",
-                *(group, stream, grant.partition),
+            regressed = LogRegressed(
+                f"partition {grant.partition} ends before what was settled: the server came back with less. It begins anew "
+                "from its first event, and handlers see again what is still there"
             )
+            self._telemetry.emit(BROKER_ERROR, group=group, error=regressed)
+            logger.error("group %s of %s: %s", group, stream, regressed)
         if grant.lost:
             logger.error(
                 "group %s of %s: %d events of partition %d are gone that were never settled: somebody trimmed the stream",
@@ -370,7 +371,7 @@ class OrderedConsumer:
         cursors = {
             partition: window.cursor
             for partition, window in self._windows.items()
-            if window.cursor.room > 0 and window.events_parked < self._max_parked
+            if window.cursor.room > 0 and window.events_parked < self._max_parked and self._subscription.fresh
         }
         self._left_out = self._windows.keys() - cursors.keys()
         if not cursors:

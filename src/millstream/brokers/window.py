@@ -400,7 +400,8 @@ class Window:
                 self._joining[effect.key] -= 1
                 if not self._joining[effect.key]:
                     del self._joining[effect.key]
-                self.due_ms = min(self.due_ms, effect.due_ms)
+                if effect.attempts or effect.postponed:  # else it has joined others, and it is they who are due
+                    self.due_ms = min(self.due_ms, effect.due_ms)
             elif isinstance(effect, Delay):
                 self.due_ms = min(self.due_ms, effect.due_ms)
 

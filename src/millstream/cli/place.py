@@ -7,12 +7,15 @@ from typing import NamedTuple
 
 import click
 
-from millstream.brokers.base import Broker, GroupInfo, Position, Start
+from millstream.brokers.base import Broker, GroupInfo, Position, Start, Stored
+from millstream.brokers.window import after as is_after
 from millstream.cli import show, target
-from millstream.cli.main import Refused
+from millstream.cli.main import Mistake, Refused
 
 MAX_COUNTED = 100_000  # events that a plan reads to count them: it is to be there soon
 PAGE = 1_000
+NEVER = Position(0, "")
+"""No end: all that there is."""
 
 
 class Behind(NamedTuple):
@@ -50,19 +53,44 @@ def words(start: Start) -> str:
 
 async def behind(broker: Broker, stream: str, start: Start) -> Behind:
     """Count the events behind a place; of each partition its share of the most that are counted."""
-    places = await broker.locate(stream, start)
+    return await between(broker, stream, await broker.locate(stream, start), None)
+
+
+async def between(
+    broker: Broker, stream: str, places: Mapping[int, Position | None], ends: Mapping[int, Position | None] | None
+) -> Behind:
+    """Count the events behind these places, up to these ends, or to those of the partitions."""
     most = max(PAGE, MAX_COUNTED // len(places))
     counts = dict.fromkeys(places, 0)
     complete, times = True, list[int]()
     for partition, after in places.items():
-        while page := await broker.read(stream, partition, after, PAGE):
-            counts[partition] += len(page)
-            times += page[0].record.time_ms, page[-1].record.time_ms
-            after = page[-1].position
+        end = ends[partition] if ends is not None else NEVER
+        while found := await page(broker, stream, partition, after, end, PAGE):
+            counts[partition] += len(found)
+            times += found[0].record.time_ms, found[-1].record.time_ms
+            after = found[-1].position
             if counts[partition] >= most:
                 complete = False
                 break
     return Behind(places, counts, complete, min(times, default=None), max(times, default=None))
+
+
+async def page(
+    broker: Broker, stream: str, partition: int, begin: Position | None, end: Position | None, limit: int
+) -> list[Stored]:
+    """Up to `limit` events of a partition behind a place, up to an end, which may be the very beginning (None)."""
+    if end is None:
+        return []
+    found = await broker.read(stream, partition, begin, limit)
+    return [stored for stored in found if end is NEVER or not is_after(stored.position.offset, end.offset)]
+
+
+async def group_of(broker: Broker, stream: str, group: str) -> GroupInfo:
+    """The group meant by `billing` or `orders/billing`, of this stream."""
+    name = group if "/" in group else f"{stream}/{group}"
+    if not name.startswith(f"{stream}/"):
+        raise Mistake(f"{group} is a group of another stream than {stream}.")
+    return await target.find_group(broker, name)
 
 
 def tell_consumers(info: GroupInfo) -> None:

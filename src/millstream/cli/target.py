@@ -51,7 +51,7 @@ def moment(context: click.Context, option: click.Parameter, value: str | None) -
     with suppress(BadSetting):
         return now_ms - int(seconds(value) * 1000)
     with suppress(ValueError):
-        return int(datetime.fromisoformat(value).timestamp() * 1000)
+        return round(datetime.fromisoformat(value).timestamp() * 1000)  # cut off, 0.283 s would become 0.282 s
     raise click.BadParameter(f"{value!r} is not a time: write 5m (ago), 2026-08-01T12:00Z or today.", context, option)
 
 

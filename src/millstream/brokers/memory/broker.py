@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby, islice
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from millstream.brokers.base import (
     Claim,
     Confirm,
+    Consumer,
     Dead,
     DeadLetter,
     GroupInfo,
@@ -44,6 +45,7 @@ from millstream.brokers.memory.group import Group, Member
 from millstream.brokers.memory.log import Log
 from millstream.brokers.memory.ordered import MemoryLedger, OrderedGroup
 from millstream.brokers.ordered import OrderedConsumer
+from millstream.brokers.switching import subscribed
 from millstream.clock import Clock
 from millstream.errors import BrokerRefused, LeaseLost, NotSupported
 from millstream.settings import Settings
@@ -103,27 +105,19 @@ class MemoryBroker:
             if not await self.clock.wait(log.changed, max(0, until - self.clock.monotonic())):
                 return
 
-    async def subscribe(self, subscription: Subscription) -> MemoryConsumer | OrderedConsumer:
+    async def subscribe(self, subscription: Subscription) -> Consumer:
         """Join a group, which is made if it is new."""
         await self.declare(subscription.stream)
-        if not subscription.order:
-            return MemoryConsumer(self, subscription)
-        consumer = OrderedConsumer(
-            lambda: MemoryLedger(self, self.join(subscription, OrderedGroup), subscription),
-            subscription,
-            self.clock,
-            self._telemetry,
-        )
-        await consumer.enter()
-        return consumer
+        return await subscribed(self._consumer, subscription, self.clock)
 
     def join(self, subscription: Subscription, kind: type[G]) -> G:
-        """The group, which is made if it is new. Raises `GroupOwned`, `NotSupported`."""
+        """The group, which is made if it is new. Raises `GroupOwned`, `OtherOrder`."""
         log, name, owner = self.logs[subscription.stream.name], subscription.group, subscription.owner
         group = log.groups.setdefault(name, kind(log, name, owner, log.find(subscription.start)))
         check_owner(log.spec.name, name, group.owner, owner)
-        check_mode(log.spec.name, name, isinstance(group, OrderedGroup), subscription.order)
-        return cast("G", group)
+        if not isinstance(group, kind):
+            group = self._switched(group, kind)
+        return group
 
     def quiet(self) -> bool:
         """True when nothing can happen before time passes or an event is published.
@@ -154,6 +148,30 @@ class MemoryBroker:
         """Store a record that was checked."""
         return self.log(stream).append(record, self.clock.now_ms())
 
+    async def _consumer(self, subscription: Subscription) -> Consumer:
+        if not subscription.order:
+            return MemoryConsumer(self, subscription)
+        consumer = OrderedConsumer(
+            lambda: MemoryLedger(self, self.join(subscription, OrderedGroup), subscription),
+            subscription,
+            self.clock,
+            self._telemetry,
+        )
+        await consumer.enter()
+        return consumer
+
+    def _switched(self, group: Group | OrderedGroup, kind: type[G]) -> G:
+        """The group as it goes on in the other way, if it has nothing to finish and nobody lives in it."""
+        log, ordered = group.log, isinstance(group, OrderedGroup)
+        info, until_ms = group.info(self.clock.monotonic()), _waits_until_ms(group)
+        if until_ms or info.pending or info.consumers:
+            check_mode(log.spec.name, group.name, ordered, not ordered, until_ms)
+        switched = kind(log, group.name, group.owner, _settled(group))
+        switched.dead, switched.count = group.dead, group.count
+        group.evict()
+        log.groups[group.name] = switched
+        return switched
+
 
 class MemoryConsumer:
     """One member of a group. When it was found silent, `keep` tells it so, and it claims nothing before."""
@@ -171,7 +189,7 @@ class MemoryConsumer:
         until = self._clock.monotonic() + wait_s
         while True:
             self._group.evict_silent(self._member, self._clock.monotonic())
-            claims = self._group.claim(self._member, limit, self._clock.now_ms())
+            claims = self._group.claim(self._member, limit, self._clock.now_ms(), fresh=self._subscription.fresh)
             left_s = until - self._clock.monotonic()
             if claims or left_s <= 0:
                 return claims
@@ -277,6 +295,10 @@ class MemoryAdmin:
         """Give dead letters back to their own group, attempts counted anew."""
         return [self._take(letter, replay=True) for letter in letters]
 
+    async def give(self, stream: str, group: str, events: Sequence[Stored]) -> int:
+        """Let a group handle events once more, those that it has settled; how many."""
+        return self._known(stream, group).give(events, self._broker.clock.now_ms())
+
     async def drop(self, letters: Sequence[DeadLetter]) -> list[bool]:
         """Discard dead letters for ever."""
         return [self._take(letter, replay=False) for letter in letters]
@@ -343,6 +365,19 @@ class MemoryAdmin:
     def _group(self, stream: str, group: str) -> Group | OrderedGroup | None:
         log = self._broker.logs.get(stream)
         return log.groups.get(group) if log else None
+
+
+def _waits_until_ms(group: Group | OrderedGroup) -> float:
+    """When the last of what waits is due; 0 while nothing does."""
+    if not isinstance(group, OrderedGroup):
+        return max((max(1.0, due_ms) for due_ms, *_ in group.due), default=0.0)
+    ahead = any(part.h for part in group.parts)
+    return max((max(1.0, queue.due_ms) for part in group.parts for queue in part.parked.values()), default=float(ahead))
+
+
+def _settled(group: Group | OrderedGroup) -> list[int]:
+    """How many events of each partition a group has behind it, which has nothing to finish."""
+    return [part.w for part in group.parts] if isinstance(group, OrderedGroup) else group.cursor
 
 
 def _ordinal(position: Position | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING
@@ -72,22 +73,14 @@ class Group:
         self.dead: dict[str, DeadLetter] = {}
         self.count: Counter[str] = Counter()
 
-    def claim(self, member: Member, limit: int, now_ms: int) -> list[Claim]:
-        """Up to `limit` events for a member: those due again, then new ones."""
+    def claim(self, member: Member, limit: int, now_ms: int, *, fresh: bool) -> list[Claim]:
+        """Up to `limit` events for a member: those due again, then, if it asks for them, new ones."""
         if not member.present:
             return []
         claims: list[Claim] = []
         while self.due and self.due[0][0] <= now_ms and len(claims) < limit:
             claims.append(self._hold(member, heappop(self.due)[2]))
-        # Each call begins one partition further, or a busy first one would starve the others.
-        self.count["turn"] += 1
-        for step in range(len(self.cursor)):
-            partition = (self.count["turn"] + step) % len(self.cursor)
-            begin = self.cursor[partition]
-            fresh = self.log.partition(partition)[begin : begin + limit - len(claims)]
-            self.cursor[partition] += len(fresh)
-            claims += [self._hold(member, Pending(stored)) for stored in fresh]
-        return claims
+        return claims + self._claim_fresh(member, limit - len(claims)) if fresh else claims
 
     def held(self, member: Member, position: Position) -> Pending | None:
         """The pending event at this position, if the member holds it."""
@@ -149,9 +142,17 @@ class Group:
             return False
         self.count["replayed" if replay else "dropped"] += 1
         if replay:
-            pending = self.pending[letter.stored.position] = Pending(letter.stored)
-            self._wait(pending, now_ms)
+            self._give(letter.stored, now_ms)
         return True
+
+    def give(self, events: Sequence[Stored], now_ms: int) -> int:
+        """Let events wait as new ones, those that are settled; how many."""
+        count = 0
+        for stored in events:
+            if self._is_settled(stored.position):
+                self._give(stored, now_ms)
+                count += 1
+        return count
 
     def seek(self, begin: list[int]) -> None:
         """Go on behind so many events of each partition; what is pending is forgotten."""
@@ -187,6 +188,18 @@ class Group:
         now = (members, self._lag(), len(self.pending), len(self.due), len(self.dead))
         return GroupInfo(*names, *now, *(self.count[name] for name in ("done", "retried", "replayed", "dropped")))
 
+    def _claim_fresh(self, member: Member, limit: int) -> list[Claim]:
+        claims: list[Claim] = []
+        # Each call begins one partition further, or a busy first one would starve the others.
+        self.count["turn"] += 1
+        for step in range(len(self.cursor)):
+            partition = (self.count["turn"] + step) % len(self.cursor)
+            begin = self.cursor[partition]
+            fresh = self.log.partition(partition)[begin : begin + limit - len(claims)]
+            self.cursor[partition] += len(fresh)
+            claims += [self._hold(member, Pending(stored)) for stored in fresh]
+        return claims
+
     def _hold(self, member: Member, pending: Pending) -> Claim:
         position = pending.stored.position
         self.pending[position] = pending
@@ -194,6 +207,13 @@ class Group:
         pending.holder = member
         pending.attempt += 1
         return Claim(pending.stored, pending.attempt, pending.suspect, pending.postponed)
+
+    def _is_settled(self, position: Position) -> bool:
+        return position not in self.pending and int(position.offset) <= self.cursor[position.partition]
+
+    def _give(self, stored: Stored, now_ms: int) -> None:
+        pending = self.pending[stored.position] = Pending(stored)
+        self._wait(pending, now_ms)
 
     def _wait(self, pending: Pending, due_ms: int) -> None:
         self._let_go(pending)

@@ -110,6 +110,10 @@ class _Part:
     def events_parked(self) -> int:
         return sum(len(queue.events) for queue in self.parked.values())
 
+    def covers(self, offset: str) -> bool:
+        """True for what is settled, as far as that is stored."""
+        return int(offset) <= max(self.w, int(self.h or 0)) and offset not in self.open
+
     def fence(self) -> None:
         """The lease is nobody's; whoever had it finds that out. Nothing crashed."""
         self.owner, self.want, self.next, self.clean = "", "", "", True
@@ -201,12 +205,17 @@ class OrderedGroup:
             return False
         self.count["replayed" if replay else "dropped"] += 1
         if replay:
-            stored = letter.stored
-            key = stored.record.key or keyless(stored.position.offset)
-            parked = self.parts[stored.position.partition].parked
-            parked.setdefault(key, _Queue(0.0, now_ms)).events.append(stored)
-            self.log.wake()
+            self._park(letter.stored, now_ms)
         return True
+
+    def give(self, events: Sequence[Stored], now_ms: int) -> int:
+        """Park events at the ends of their keys, those that are settled and not parked; how many."""
+        count = 0
+        for stored in events:
+            if not self._comes_anyway(stored):
+                self._park(stored, now_ms)
+                count += 1
+        return count
 
     def keys(self) -> list[ParkedKey]:
         """The keys that wait, those that were parked first first."""
@@ -305,6 +314,17 @@ class OrderedGroup:
                 part.parked[key].next()
                 if not part.parked[key].events:
                     del part.parked[key]
+
+    def _park(self, stored: Stored, now_ms: int) -> None:
+        parked = self.parts[stored.position.partition].parked
+        parked.setdefault(_key(stored), _Queue(0.0, now_ms)).events.append(stored)
+        self.log.wake()
+
+    def _comes_anyway(self, stored: Stored) -> bool:
+        part = self.parts[stored.position.partition]
+        queue = part.parked.get(_key(stored))
+        waits = queue is not None and any(event.position == stored.position for event in queue.events)
+        return waits or not part.covers(stored.position.offset)
 
     def _is_head(self, part: _Part, key: str, offset: str) -> bool:
         return key in part.parked and part.parked[key].events[0].position.offset == offset
@@ -426,3 +446,7 @@ class MemoryLedger:
     def _ours(self, partition: int, epoch: int) -> _Part | None:
         part = self._group.parts[partition]
         return part if (part.owner, part.epoch) == (self.name, epoch) else None
+
+
+def _key(stored: Stored) -> str:
+    return stored.record.key or keyless(stored.position.offset)

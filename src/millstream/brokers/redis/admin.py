@@ -110,6 +110,13 @@ class RedisAdmin:
             done.append(await link.run(scripts["replay"], where, (group, ref.offset, at.offset)) == 1)
         return done
 
+    async def give(self, stream: str, group: str, events: Sequence[Stored]) -> int:
+        """Let a group handle events once more, those that it has settled; how many."""
+        place = await self._people.place(stream, group)
+        if place is None or group not in await self._parts(stream):
+            raise BrokerRefused(f"stream {stream!r} on {self._broker.url} has no group {group!r}")
+        return await self._people.give(place, events)
+
     async def drop(self, letters: Sequence[DeadLetter]) -> list[bool]:
         """Discard dead letters for ever; False where the letter is gone."""
         link = await self._broker.control()

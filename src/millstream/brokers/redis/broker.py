@@ -22,6 +22,7 @@ from millstream.brokers.base import (
     Admin,
     Confirm,
     Consumer,
+    OtherOrder,
     Start,
     Stored,
     StreamSpec,
@@ -36,6 +37,7 @@ from millstream.brokers.redis.consumer import RedisConsumer
 from millstream.brokers.redis.keys import Keys
 from millstream.brokers.redis.ledger import Lives
 from millstream.brokers.redis.link import BLOCK_MARGIN_S, BLOCK_S, Argument, Link, pack
+from millstream.brokers.switching import subscribed
 from millstream.clock import Clock
 from millstream.errors import (
     BadStream,
@@ -225,11 +227,18 @@ class RedisBroker:
 
     async def subscribe(self, subscription: Subscription) -> Consumer:
         """Join a group, which is made if it is new."""
+        return await subscribed(self._member, subscription, self.clock)
+
+    async def _member(self, subscription: Subscription) -> Consumer:
         if not subscription.order:
             return await RedisConsumer.join(self, subscription)
         await self.declare(subscription.stream)
         consumer = OrderedConsumer(Lives(self, subscription), subscription, self.clock, self.telemetry)
-        await consumer.enter()
+        try:
+            await consumer.enter()
+        except OtherOrder:  # it was switched back as we came: nobody is to wait for us
+            await consumer.close()
+            raise
         return consumer
 
     async def _warn(self) -> None:

@@ -27,9 +27,9 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from millstream.brokers.base import Claim, Position, Stored, Subscription
+from millstream.brokers.base import Claim, OtherOrder, Position, Stored, Subscription
 from millstream.brokers.redis.claims import again, fault
-from millstream.brokers.redis.joining import join
+from millstream.brokers.redis.joining import confirm, join
 from millstream.brokers.redis.link import BLOCK_MARGIN_S, BLOCK_S, Answers, Link, ReplyError, pack
 from millstream.brokers.redis.members import MAX_ITEMS, Members, Place
 from millstream.brokers.redis.scripts import scripts
@@ -115,6 +115,11 @@ class Incarnation:
             raise BrokerDown(f"the name {self.name!r} was used before: try again")
         self._set_time(sent_at, answer[1])
         self._recover_at = self._beat_at + AUDIT_S
+        try:
+            await confirm(self._writer, self.place)
+        except OtherOrder:
+            await self.leave()
+            raise
         await self._arm()
 
     async def join(self, start: str) -> None:
@@ -425,7 +430,8 @@ class Incarnation:
         return reading.got
 
     def _open_partitions(self) -> Sequence[int]:
-        return [partition for partition, waiting in enumerate(self._waiting) if waiting < MAX_WAITING]
+        most = MAX_WAITING * self._subscription.fresh
+        return [partition for partition, waiting in enumerate(self._waiting) if waiting < most]
 
     def _read_command(self, limit: int, block_ms: int, partitions: Sequence[int]) -> bytes:
         if not partitions:

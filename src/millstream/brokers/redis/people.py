@@ -1,8 +1,8 @@
-"""What people do with groups: they let parked keys go on or drop them, move a group to another place, or delete it."""
+"""What people do with groups: they let parked keys go on or drop them, give events again, move a group, or delete it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ from millstream.brokers.base import ParkedKey, PendingInfo, Position, Start, Sto
 from millstream.brokers.ledger import HELD_MS
 from millstream.brokers.redis import parked
 from millstream.brokers.redis.link import ReplyError
-from millstream.brokers.redis.members import Place, behind
+from millstream.brokers.redis.members import MAX_ITEMS, Place, behind
 from millstream.brokers.redis.scripts import scripts
 from millstream.brokers.window import keyless
 from millstream.errors import BadStream, BrokerDown
@@ -18,6 +18,7 @@ from millstream.errors import BadStream, BrokerDown
 if TYPE_CHECKING:
     from millstream.brokers.redis.broker import RedisBroker
 
+MAX_PIECE_BYTES = 1_048_576  # of events in one call of a script
 MAX_TURNS = 100  # members come and go while all keys of a group are gathered
 
 
@@ -105,12 +106,25 @@ class People:
     async def replay(self, place: Place, ref: Position, stored: Stored) -> bool:
         """Park the event of a dead letter at the end of its key."""
         partition = stored.position.partition
-        at, key = place.at[partition], stored.record.key or keyless(stored.position.offset)
+        at, key = place.at[partition], _key(stored)
         keys = at.dead, at.parked, at.parkinfo, place.park(partition, key), at.stats
         link = await self._broker.control()
         return bool(await link.run(scripts["park"], keys, (ref.offset, key, parked.encode(stored))) == 1)
 
     # Groups.
+
+    async def give(self, place: Place, events: Sequence[Stored]) -> int:
+        """Let a group handle events once more, piece by piece."""
+        modes, link = await self.modes(place), await self._broker.control()
+        partitions: dict[int, list[Stored]] = {}
+        for stored in events:
+            partitions.setdefault(stored.position.partition, []).append(stored)
+        count = 0
+        for partition, those in partitions.items():
+            make, script = (_repark, "repark") if modes[partition] == b"log" else (_give, "give")
+            for piece in _pieces(those):
+                count += await link.run(scripts[script], *make(place, partition, piece))
+        return count
 
     async def seek(self, place: Place, start: Start, done: Sequence[tuple[int | None, int]]) -> None:
         """Move a group. `done` says per partition what a group without order has done so far, and given up."""
@@ -178,6 +192,39 @@ class People:
             if isinstance(reply, ReplyError):
                 raise link.failure(reply, "admin")
         return replies
+
+
+def _pieces(events: Iterable[Stored]) -> Iterator[list[Stored]]:
+    """As many as one call of a script may take: it holds up everybody else."""
+    piece: list[Stored] = []
+    left_bytes = MAX_PIECE_BYTES
+    for stored in events:
+        left_bytes -= len(stored.record.data) + len(stored.record.headers)
+        if piece and (left_bytes < 0 or len(piece) == MAX_ITEMS):
+            yield piece
+            piece, left_bytes = [], MAX_PIECE_BYTES - len(stored.record.data) - len(stored.record.headers)
+        piece.append(stored)
+    if piece:
+        yield piece
+
+
+def _give(place: Place, partition: int, events: Sequence[Stored]) -> tuple[Sequence[bytes], Sequence[Any]]:
+    """Keys and arguments of `give.lua`."""
+    at = place.at[partition]
+    return (at.log, at.due, at.stats, at.note), (place.group, *(stored.position.offset for stored in events))
+
+
+def _repark(place: Place, partition: int, events: Sequence[Stored]) -> tuple[Sequence[bytes], Sequence[Any]]:
+    """Keys and arguments of `repark.lua`."""
+    at = place.at[partition]
+    names = [_key(stored) for stored in events]
+    lists = [place.park(partition, name) for name in names]
+    words = [word for name, stored in zip(names, events, strict=True) for word in (name, parked.encode(stored))]
+    return (at.log, at.lease, at.parked, at.parkinfo, *lists), (place.group, *words)
+
+
+def _key(stored: Stored) -> str:
+    return stored.record.key or keyless(stored.position.offset)
 
 
 def _parked_key(place: Place, partition: int, key: str, info: bytes, events: int, head: bytes, due: bytes) -> ParkedKey:

@@ -93,6 +93,11 @@ class SQLiteAdmin:
         now_ms = self._broker.clock.now_ms()
         return await self._each_letter(letters, lambda db, group, letter: verbs.replay(db, group, letter, now_ms))
 
+    async def give(self, stream: str, group: str, events: Sequence[Stored]) -> int:
+        """Let a group handle events once more, those that it has settled, in one step; how many."""
+        now_ms = self._broker.clock.now_ms()
+        return await self._change(stream, group, lambda db, found: verbs.give(db, found, events, now_ms))
+
     async def drop(self, letters: Sequence[DeadLetter]) -> list[bool]:
         """Discard dead letters for ever; False where the letter is gone."""
         return await self._each_letter(letters, verbs.drop)
@@ -154,16 +159,16 @@ class SQLiteAdmin:
 
         await self._change(stream, group, verb)
 
-    async def _change(self, stream: str, group: str, verb: Callable[[Connection, verbs.Known], None]) -> None:
+    async def _change(self, stream: str, group: str, verb: Callable[[Connection, verbs.Known], T]) -> T:
         name = self._broker.inside(stream)
 
-        def job(db: Connection) -> None:
+        def job(db: Connection) -> T:
             found = verbs.find(db, name, group)
             if found is None:
                 raise BrokerRefused(f"stream {stream!r} has no group {group!r}")
-            verb(db, found)
+            return verb(db, found)
 
-        await self._broker.writer.ask(job, durable=True, rings=True)
+        return await self._broker.writer.ask(job, durable=True, rings=True)
 
     async def _each_letter(
         self, letters: Sequence[DeadLetter], verb: Callable[[Connection, verbs.Known, int], bool]

@@ -14,7 +14,7 @@ from sqlite3 import Connection
 from typing import cast
 from urllib.parse import parse_qsl, unquote
 
-from millstream.brokers.base import Confirm, Position, Record, Start, Stored, StreamSpec, Subscription, Traits
+from millstream.brokers.base import Confirm, Consumer, Position, Record, Start, Stored, StreamSpec, Subscription, Traits
 from millstream.brokers.ordered import OrderedConsumer
 from millstream.brokers.sqlite import log
 from millstream.brokers.sqlite.admin import SQLiteAdmin
@@ -22,6 +22,7 @@ from millstream.brokers.sqlite.consumer import SQLiteConsumer
 from millstream.brokers.sqlite.file import File, InDoubt, Synchronous
 from millstream.brokers.sqlite.ledger import SQLiteLedger
 from millstream.brokers.sqlite.writer import Reader, Writer
+from millstream.brokers.switching import subscribed
 from millstream.clock import Clock
 from millstream.errors import BadSetting, BrokerDown, NotSupported, Unconfirmed
 from millstream.settings import Settings
@@ -151,8 +152,11 @@ class SQLiteBroker:
             if left_s <= 0 or not await self.writer.listen(bell, left_s):
                 return
 
-    async def subscribe(self, subscription: Subscription) -> SQLiteConsumer | OrderedConsumer:
+    async def subscribe(self, subscription: Subscription) -> Consumer:
         """Join a group, which is made if it is new. One that has nothing to finish may change its way to consume."""
+        return await subscribed(self._member, subscription, self.clock)
+
+    async def _member(self, subscription: Subscription) -> Consumer:
         consumer = (
             OrderedConsumer(lambda: SQLiteLedger(self, subscription), subscription, self.clock, self._telemetry)
             if subscription.order

@@ -154,7 +154,8 @@ class SQLiteConsumer:
         if me is None:
             return []
         self._turn += 1
-        wish = group.Wish(min(limit, MAX_CLAIMS), self._clock.now_ms(), self._turn, self._unsure)
+        fresh = self._subscription.fresh
+        wish = group.Wish(min(limit, MAX_CLAIMS), self._clock.now_ms(), self._turn, self._unsure, fresh)
         self._unsure = False
         try:
             taken = await self._broker.writer.ask(lambda db: group.take(db, me, wish, self._held))
@@ -178,7 +179,7 @@ class SQLiteConsumer:
         if me is None:
             return not self._held, watch_s
         now_ms, tick = self._clock.now_ms(), self._watch.silent_at(self._clock.monotonic())
-        look = await self._broker.reader.ask(lambda db: group.look(db, me, now_ms))
+        look = await self._broker.reader.ask(lambda db: group.look(db, me, now_ms, fresh=self._subscription.fresh))
         self._watch.saw(self._clock.monotonic(), look.tick)
         if look.oldest <= tick:
             await self._evict(me)

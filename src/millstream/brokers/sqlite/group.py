@@ -41,6 +41,8 @@ class Wish(NamedTuple):
     """Grows by one with every fetch: each begins one partition further, or a busy first one would starve the others."""
     unsure: bool
     """Look first for what is held and not known."""
+    fresh: bool
+    """Take new events too."""
 
 
 class Taken(NamedTuple):
@@ -92,13 +94,13 @@ def evict(db: sqlite3.Connection, me: Member, tick: int) -> list[tuple[str, int]
     return [(name, _evict(db, me.group, member)) for member, name in silent]
 
 
-def look(db: sqlite3.Connection, me: Member, now_ms: int) -> Look:
+def look(db: sqlite3.Connection, me: Member, now_ms: int, *, fresh: bool) -> Look:
     """What there is to do; writes nothing."""
     (due_ms,) = db.execute("SELECT MIN(due_ms) FROM pending WHERE grp = ? AND consumer = 0", (me.group,)).fetchone()
     ready = due_ms is not None and due_ms <= now_ms
-    if not ready:
-        fresh = "SELECT 1 FROM cursor JOIN log ON log.id = cursor.log WHERE grp = ? AND last > seq LIMIT 1"
-        ready = db.execute(fresh, (me.group,)).fetchone() is not None
+    if fresh and not ready:
+        unread = "SELECT 1 FROM cursor JOIN log ON log.id = cursor.log WHERE grp = ? AND last > seq LIMIT 1"
+        ready = db.execute(unread, (me.group,)).fetchone() is not None
     (tick,) = db.execute("SELECT tick FROM grp WHERE id = ?", (me.group,)).fetchone()
     return Look(ready, due_ms, tick, oldest(db, me, tick))
 
@@ -111,7 +113,7 @@ def take(db: sqlite3.Connection, me: Member, wish: Wish, held: Container[Positio
     if wish.unsure and (found := list(_recover(db, me, budget, held))):
         return Taken(found, unsure=True)
     claims = _take_due(db, me, wish.now_ms, budget, held)
-    if budget.events:
+    if budget.events and wish.fresh:
         claims += _take_fresh(db, me, wish.turn, budget)
     return Taken(claims, unsure=False)
 

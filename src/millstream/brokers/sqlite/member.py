@@ -38,7 +38,7 @@ class Beat(NamedTuple):
 
 
 def enter(db: Connection, name: str, subscription: Subscription, life: Life) -> Member:
-    """Join the group, which is made if it is new. Raises `GroupOwned`, `StreamMismatch`, `NotSupported`."""
+    """Join the group, which is made if it is new. Raises `GroupOwned`, `StreamMismatch`, `OtherOrder`."""
     stream = log.declare(db, name, subscription.stream)
     group = _known(db, stream, subscription, life.beat_s) or _make(db, stream, subscription)
     row = (group, life.name, life.nonce, _tick(db, group), life.beat_s, subscription.lease_s)
@@ -87,8 +87,9 @@ def _known(db: Connection, stream: log.Known, subscription: Subscription, now_s:
     group, owner, ordered = found
     check_owner(subscription.stream.name, subscription.group, owner, subscription.owner)
     if ordered != subscription.order:
-        if _occupied(db, group, now_s):
-            check_mode(subscription.stream.name, subscription.group, bool(ordered), subscription.order)
+        until_ms = _waits_until_ms(db, group)
+        if until_ms or _occupied(db, group, now_s):
+            check_mode(subscription.stream.name, subscription.group, bool(ordered), subscription.order, until_ms)
         _switch(db, group, stream, subscription.order)
     return int(group)
 
@@ -107,11 +108,21 @@ def _make(db: Connection, stream: log.Known, subscription: Subscription) -> int:
     return made.lastrowid
 
 
-def _occupied(db: Connection, group: int, now_s: float) -> bool:
-    """True when a group has something to finish in its present way, or somebody who does."""
-    pending = db.execute("SELECT 1 FROM pending WHERE grp = ? LIMIT 1", (group,)).fetchone()
+def _waits_until_ms(db: Connection, group: int) -> float:
+    """When the last of what waits is due; 0 while nothing does, 1 for what is due now."""
+    (due_ms,) = db.execute(
+        "SELECT MAX(due_ms) FROM (SELECT MAX(due_ms) AS due_ms FROM pending WHERE grp = ? AND consumer = 0 "
+        "UNION ALL SELECT MAX(due_ms) FROM parked_key WHERE grp = ?)",
+        (group, group),
+    ).fetchone()
     ahead = db.execute("SELECT 1 FROM lease WHERE grp = ? AND (parked > 0 OR h > 0) LIMIT 1", (group,)).fetchone()
-    return bool(pending or ahead or alive(db, group, now_s))
+    return float(bool(ahead)) if due_ms is None else max(1.0, due_ms)
+
+
+def _occupied(db: Connection, group: int, now_s: float) -> bool:
+    """True while somebody lives in a group, or has left events there that he held."""
+    held = db.execute("SELECT 1 FROM pending WHERE grp = ? LIMIT 1", (group,)).fetchone()
+    return bool(held or alive(db, group, now_s))
 
 
 def _switch(db: Connection, group: int, stream: log.Known, ordered: bool) -> None:

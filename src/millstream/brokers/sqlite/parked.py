@@ -106,6 +106,11 @@ def events(db: Connection, part: Part, key: str, limit: int) -> list[Stored]:
     return [log.stored(row) for row in rows.fetchall()]
 
 
+def rows(db: Connection, part: Part, key: str) -> set[int]:
+    """The places of all that is parked of a key."""
+    return {row for (row,) in db.execute(f"SELECT row FROM parked {_OF_KEY}", (*part, key)).fetchall()}
+
+
 def crashed(db: Connection, part: Part, crashes: int) -> None:
     """The owner is gone: what it had started ran in so many crashes more."""
     db.execute(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from sqlite3 import Connection
 from typing import NamedTuple
 
-from millstream.brokers.base import Start
+from millstream.brokers.base import Start, Stored
 from millstream.brokers.ledger import Park
 from millstream.brokers.sqlite import log, parked
 from millstream.brokers.sqlite.member import alive
@@ -53,10 +54,23 @@ def replay(db: Connection, group: Known, letter: int, now_ms: int) -> bool:
     if row is None:
         return False
     if group.ordered:
-        _park(db, Part(group.id, row[0] >> log.SEQ_BITS), row, now_ms)
-    elif not _wait(db, group.id, row[0]):
+        _park(db, Part(group.id, row[0] >> log.SEQ_BITS), [log.stored(row)], now_ms)
+    elif not _is_stored(db, row[0]):
         return False
+    else:
+        _wait(db, group.id, row[0])
     return _forget(db, group.id, letter, "replayed")
+
+
+def give(db: Connection, group: Known, events: Sequence[Stored], now_ms: int) -> int:
+    """Let events come again as if they were new, those that the group has settled; how many."""
+    parts: dict[Part, list[Stored]] = {}
+    for stored in events:
+        parts.setdefault(group.part(stored.position.partition), []).append(stored)
+    if group.ordered:
+        return sum(_park_settled(db, part, those, now_ms) for part, those in parts.items())
+    rows = [part.row(stored) for part, those in parts.items() for stored in those]
+    return sum(_wait(db, group.id, row) for row in rows if _is_stored(db, row))
 
 
 def drop(db: Connection, group: Known, letter: int) -> bool:
@@ -113,23 +127,47 @@ def _seek(db: Connection, part: Part, seq: int) -> None:
     )
 
 
-def _park(db: Connection, part: Part, row: log.Row, now_ms: int) -> None:
-    stored = log.stored(row)
-    parked.park(db, part, Park(stored.record.key or keyless(stored.position.offset), stored), now_ms)
-    db.execute("UPDATE lease SET parked = parked + 1 WHERE grp = ? AND log = ?", part)
+def _park(db: Connection, part: Part, events: Sequence[Stored], now_ms: int) -> int:
+    for stored in events:
+        parked.park(db, part, Park(_key(stored), stored), now_ms)
+    db.execute("UPDATE lease SET parked = parked + ? WHERE grp = ? AND log = ?", (len(events), *part))
+    return len(events)
+
+
+def _park_settled(db: Connection, part: Part, events: Sequence[Stored], now_ms: int) -> int:
+    """Park those events that are settled, and not parked."""
+    w, h, opened = db.execute(
+        "SELECT seq, h, open FROM cursor JOIN lease USING (grp, log) WHERE grp = ? AND log = ?", part
+    ).fetchone()
+    last = (part.log << log.SEQ_BITS) + max(w, h)
+    passed_over = {part.log << log.SEQ_BITS | int(seq) for seq in opened.split()}
+    waiting = {key: parked.rows(db, part, key) for key in {_key(stored) for stored in events}}
+    settled: list[Stored] = []
+    for stored in events:
+        row, waits = part.row(stored), waiting[_key(stored)]
+        if row <= last and row not in passed_over and row not in waits:
+            waits.add(row)
+            settled.append(stored)
+    return _park(db, part, settled, now_ms)
+
+
+def _key(stored: Stored) -> str:
+    return stored.record.key or keyless(stored.position.offset)
+
+
+def _is_stored(db: Connection, row: int) -> bool:
+    return db.execute("SELECT 1 FROM event WHERE row = ?", (row,)).fetchone() is not None
 
 
 def _wait(db: Connection, group: int, row: int) -> bool:
-    """Let an event be claimed again; False when it is gone. After a seek it may come by itself: then not twice."""
-    if db.execute("SELECT 1 FROM event WHERE row = ?", (row,)).fetchone() is None:
-        return False
-    db.execute(
+    """Let an event be claimed again; False when it comes by itself, as it may after a seek: it is not to come twice."""
+    added = db.execute(
         "INSERT INTO pending (grp, consumer, row, attempt, due_ms) SELECT grp, 0, ?, 0, 0 FROM cursor "
         "WHERE grp = ? AND log = ? AND seq >= ? AND NOT EXISTS (SELECT 1 FROM pending WHERE grp = ? AND row = ? "
         "AND consumer IN (SELECT 0 UNION ALL SELECT id FROM member WHERE grp = ?))",
         (row, group, row >> log.SEQ_BITS, row & log.MAX_SEQ, group, row, group),
     )
-    return True
+    return added.rowcount > 0
 
 
 def _forget(db: Connection, group: int, letter: int, counter: str) -> bool:

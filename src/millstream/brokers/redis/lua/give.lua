@@ -1,0 +1,40 @@
+-- give.lua: let a group without order handle events of one partition once more, attempts counted anew.
+-- KEYS     log, due, stats, note
+-- ARGV     group, then ids
+-- RETURNS  how many: not those that are gone, pending, or still undelivered, nor any where the group is gone
+-- Why      The event still lies in the log, so it becomes pending again, under `~due`, and other groups never notice. What
+--          is pending or undelivered comes anyway, see replay.lua; so a repeat of the same call gives nothing twice.
+--          ZADD goes first since maxmemory refuses it with nothing done: to give is not to store an outcome, it can wait.
+--          What is done is counted as what was read less what was given up: `given` makes up for what is handled again.
+-- Cost     O(groups + ids + bytes of bodies)
+local log, due, stats, note = unpack(KEYS)
+local group = ARGV[1]
+
+local function before(a, b)
+  local a_ms, a_seq = string.match(a, '(%d+)-(%d+)')
+  local b_ms, b_seq = string.match(b, '(%d+)-(%d+)')
+  if a_ms ~= b_ms then return tonumber(a_ms) < tonumber(b_ms) end
+  return tonumber(a_seq) < tonumber(b_seq)
+end
+
+if redis.call('EXISTS', log) == 0 then return 0 end
+local delivered
+for _, info in ipairs(redis.call('XINFO', 'GROUPS', log)) do
+  local fields = {}
+  for i = 1, #info, 2 do fields[info[i]] = info[i + 1] end
+  if fields.name == group then delivered = fields['last-delivered-id'] end
+end
+if not delivered then return 0 end
+local count = 0
+for i = 2, #ARGV do
+  local id = ARGV[i]
+  local settled = not before(delivered, id) and #redis.call('XPENDING', log, group, id, id, 1) == 0
+  if settled and #redis.call('XRANGE', log, id, id) > 0 then
+    redis.call('ZADD', due, 0, id)
+    redis.call('XCLAIM', log, group, '~due', 0, id, 'RETRYCOUNT', 0, 'FORCE', 'JUSTID')
+    redis.call('HDEL', note, id, '+' .. id)
+    count = count + 1
+  end
+end
+if count > 0 then redis.call('HINCRBY', stats, 'given', count) end
+return count
