@@ -28,11 +28,12 @@ def test_the_environment_comes_before_the_defaults() -> None:
         "MILLSTREAM_LEASE": "2s",
         "MILLSTREAM_CONCURRENCY": "8",
         "MILLSTREAM_MAX_IN_FLIGHT": "100",
+        "MILLSTREAM_MAX_PARKED": "50",
         "MILLSTREAM_NAMESPACE": "prod",
         "MILLSTREAM_SOMETHING_ELSE": "ignored",
         "CONCURRENCY": "9",
     }
-    expected = Settings(lease="2s", concurrency=8, max_in_flight=100, namespace="prod")
+    expected = Settings(lease="2s", concurrency=8, max_in_flight=100, max_parked=50, namespace="prod")
     assert Settings.load(environment) == expected
 
 
@@ -68,6 +69,7 @@ def test_a_variable_that_is_no_number_is_named() -> None:
         {"threads": 0},
         {"threads": 1_001},
         {"max_in_flight": 0},
+        {"max_parked": 0},
         {"namespace": "a:b"},
     ],
 )

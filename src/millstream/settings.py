@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from millstream.errors import BadSetting
-from millstream.units import MAX_CONCURRENCY, Duration, check_name, seconds
+from millstream.units import MAX_CONCURRENCY, MAX_PARKED, Duration, check_name, seconds
 
 PREFIX = "MILLSTREAM_"
 
@@ -28,6 +28,8 @@ class Settings:
     """Handlers that are plain functions run in this many threads, per group and process."""
     max_in_flight: int | None = None
     """Events of one group that a process may hold, fetched and not settled. Default: 2 x concurrency x batch size."""
+    max_parked: int = MAX_PARKED
+    """Events of one ordered group that may wait with their keys; past it, their partitions wait too."""
     namespace: str = ""
     """Put before every key or table entry, so that several deployments share a server."""
 
@@ -40,6 +42,8 @@ class Settings:
             raise BadSetting(f"threads={self.threads!r}: from 1 to 1,000")
         if self.max_in_flight is not None and self.max_in_flight < 1:
             raise BadSetting(f"max_in_flight={self.max_in_flight!r}: at least 1")
+        if not 1 <= self.max_parked <= 100 * MAX_PARKED:
+            raise BadSetting(f"max_parked={self.max_parked!r}: from 1 to {100 * MAX_PARKED:,}")
         seconds(self.grace)
         if self.namespace:
             check_name("namespace", self.namespace)

@@ -167,13 +167,12 @@ class Place:
     async def member(self, max_parked: int = MAX_PARKED) -> tuple[OrderedConsumer, Script]:
         """One that has entered the group, and what is asked of its ledgers."""
         script = Script()
-        subscription = Subscription(self.stream, "billing", "shop", lease_s=LEASE_S, order=True)
+        subscription = Subscription(self.stream, "billing", "shop", lease_s=LEASE_S, order=True, max_parked=max_parked)
         consumer = OrderedConsumer(
             lambda: ScriptedLedger(script, self.broker, self.group, subscription),
             subscription,
             self.clock,
             self.telemetry,
-            max_parked,
         )
         await consumer.enter()
         return consumer, script

@@ -17,6 +17,7 @@ from msgspec import Struct
 
 from millstream.errors import GroupOwned, NotSupported, StreamMismatch
 from millstream.stream import Position
+from millstream.units import MAX_PARKED
 from millstream.wire.entry import Record
 
 __all__ = [
@@ -188,6 +189,8 @@ class Subscription(Struct, frozen=True, gc=False):
     order: bool = False
     fresh: bool = True
     """False: take what waits, or was left behind by others, and nothing new."""
+    max_parked: int = MAX_PARKED
+    """Of an ordered group: events that may wait with their keys, a like share in each partition; past it, that one waits."""
 
 
 class Consumer(Protocol):

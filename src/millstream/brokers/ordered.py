@@ -22,7 +22,7 @@ from millstream.brokers.window import Window
 from millstream.clock import Clock
 from millstream.errors import BrokerError, BrokerFull, LeaseLost, LogRegressed
 from millstream.telemetry import ACQUIRED, BROKER_ERROR, RELEASED, Telemetry, logger
-from millstream.units import DEAD_FULL_S, MAX_PARKED
+from millstream.units import DEAD_FULL_S
 
 LOOK_S = 0.5  # how often the others are looked at, at most: a takeover follows within a second of the lease
 MAX_HEADS = 32  # of a partition, begun in one step
@@ -44,14 +44,13 @@ class OrderedConsumer:
         subscription: Subscription,
         clock: Clock,
         telemetry: Telemetry,
-        max_parked: int = MAX_PARKED,
     ) -> None:
         self._make = ledger
         self._ledger: Ledger | None = None
         self._subscription = subscription
         self._clock = clock
         self._telemetry = telemetry
-        self._max_parked = -(-max_parked // subscription.stream.partitions)
+        self._max_parked = -(-subscription.max_parked // subscription.stream.partitions)
         self._windows: dict[int, Window] = {}
         self._lost: set[Position] = set()
         self._asked: set[int] = set()

@@ -115,6 +115,7 @@ async def working(
                     _start(group.start, clock),
                     settings.lease_s,
                     _ordered(group, broker),
+                    max_parked=settings.max_parked,
                 ),
                 broker=broker,
                 gate=gate,
