@@ -413,7 +413,7 @@ class OrderedConsumer:
     async def _commit_once(self, windows: Sequence[Window], full: list[Window]) -> list[Window]:
         ledger = await self._living()
         now_s = self._clock.monotonic()
-        made = [(window, window.commit(now_s, room=window not in full)) for window in windows]
+        made = [(window, window.commit(now_s, room=window not in full, sure=True)) for window in windows]
         commits = [(window, commit) for window, commit in made if commit is not None]
         if not commits:
             self._rouse(windows)

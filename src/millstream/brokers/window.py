@@ -129,6 +129,7 @@ class Window:
         self._ended: list[_Ended] = []
         self._sending: _Sending | None = None
         self._waiting_effects = 0
+        self._uncovered = 0
         self._h_s = 0.0
 
     # Reading.
@@ -265,8 +266,10 @@ class Window:
 
     # Committing.
 
-    def commit(self, now_s: float, *, room: bool = True) -> Commit | None:
+    def commit(self, now_s: float, *, room: bool = True, sure: bool = False) -> Commit | None:
         """What is to be stored now; None when there is nothing. The same again until it is answered.
+
+        With `sure`, all that is settled is told at once: whoever settled it is to know whether it was still ours.
 
         Without `room`, what a full broker would refuse stays out, and so do the events that it belongs to.
         """
@@ -280,7 +283,8 @@ class Window:
         w = passed[-1].offset if passed else self.w
         h, opened = self._still_ahead(w, passed)
         more = self._waiting_effects > sum(1 for slot in covered if slot.effects)
-        if more or (len(self._slots) > len(passed) and now_s - self._h_s >= H_EVERY_S):
+        ahead_too = sure and self._uncovered > len(covered)
+        if more or ahead_too or (len(self._slots) > len(passed) and now_s - self._h_s >= H_EVERY_S):
             h, opened, ahead = _ahead(islice(self._slots.values(), len(passed), None), room)
             covered += ahead
             self._h_s = now_s
@@ -311,6 +315,7 @@ class Window:
         commit = sending.commit
         self._seq, self.w, self._ordinal = commit.seq, commit.w, commit.ordinal
         self.h, self._open, self.events_parked = commit.h, commit.open, answer.events_parked
+        self._uncovered -= len(sending.covered)
         for slot in sending.covered:
             slot.phase = Phase.COVERED
             self._waiting_effects -= bool(slot.effects)
@@ -344,6 +349,7 @@ class Window:
     def _settle(self, slot: Slot, outcome: Outcome, outputs: Sequence[Output]) -> None:
         claim, key = slot.claim, slot.key
         slot.phase = Phase.SETTLED
+        self._uncovered += 1
         match outcome:
             case Done():
                 slot.handled = True
@@ -386,6 +392,7 @@ class Window:
         for slot in slots:
             slot.phase = Phase.SETTLED
             slot.effects = (Park(key, slot.claim.stored),)
+            self._uncovered += 1
             self._waiting_effects += 1
             self._joining[key] += 1
 
