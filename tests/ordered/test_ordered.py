@@ -343,8 +343,9 @@ async def test_closing_stores_all_that_was_settled() -> None:
 async def test_an_outcome_beyond_one_that_is_not_settled_is_refused_too_when_somebody_has_taken_over() -> None:
     place = await opened()
     consumer, _ = await place.member()
-    await place.publish("ab")
-    claims = await consumer.fetch(2, 0)
+    await place.publish("abc")
+    claims = await consumer.fetch(3, 0)
+    assert await consumer.settle([settlement(claims[1])]) == [True]
     part = place.group.parts[0]
     part.owner, part.epoch = "another", part.epoch + 1
-    assert await consumer.settle([settlement(claims[1])]) == [False]
+    assert await consumer.settle([settlement(claims[2])]) == [False]
