@@ -18,11 +18,13 @@ from millstream.brokers.base import (
     Position,
     Record,
     Settlement,
+    Stored,
     StreamSpec,
     Subscription,
 )
 from millstream.brokers.ledger import HELD_MS
 from millstream.brokers.memory.broker import MemoryBroker
+from millstream.brokers.memory.letters import Letters
 from millstream.errors import BrokerRefused, NotSupported
 from millstream.settings import Settings
 from millstream.telemetry import Telemetry
@@ -78,7 +80,7 @@ async def test_a_group_without_members_is_not_quiet_while_it_has_events() -> Non
 
 
 async def test_no_more_dead_letters_than_the_limit_are_kept_of_a_partition(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("millstream.brokers.memory.group.MAX_DEAD", 2)
+    monkeypatch.setattr("millstream.brokers.memory.letters.MAX_DEAD", 2)
     broker, _ = await opened()
     consumer = await joined(broker)
     await broker.append("orders", [*(record(0) for _ in range(4)), record(1)])
@@ -91,6 +93,16 @@ async def test_no_more_dead_letters_than_the_limit_are_kept_of_a_partition(monke
     [waiting] = await broker.admin.pending("orders", "billing", 10)
     assert waiting.due_ms is not None
     assert waiting.due_ms - broker.clock.now_ms() == pytest.approx(300_000, abs=1_000)
+
+
+def test_there_is_room_for_so_many_dead_letters_in_each_partition(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("millstream.brokers.memory.letters.MAX_DEAD", 2)
+    letters = Letters("orders", "billing")
+    for partition in (0, 1, 1):
+        letters.bury(Stored(Position(partition, "1"), record(partition)), "failed", "", 1, 0)
+    assert [letters.full(partition) for partition in (0, 1, 2)] == [False, True, False]
+    assert [letters.full(partition, 2) for partition in (0, 2)] == [True, False]
+    assert letters.take("000000000002", replay=False) is not None and not letters.full(1)
 
 
 async def test_what_it_cannot_do_is_refused_before_anything_is_stored() -> None:

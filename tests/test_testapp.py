@@ -244,10 +244,11 @@ async def test_deliver_calls_one_handler_alone() -> None:
     async def charge(event: Placed, delivery: Delivery[Placed]) -> None:
         delivery.publish(Charged(order_id=f"{event.order_id} attempt {delivery.attempt}"))
 
-    delivery = deliver(Placed(order_id="o-1"), attempt=2, key="k", headers={"tenant": "a"})
+    delivery = deliver(Placed(order_id="o-1"), attempt=2, key="k", headers={"tenant": "a"}, token=3)
     await charge(delivery.event, delivery)
     assert delivery.staged == [Charged(order_id="o-1 attempt 2")]
-    assert (delivery.key, delivery.headers) == ("k", {"tenant": "a"})
+    assert (delivery.key, delivery.headers, delivery.token) == ("k", {"tenant": "a"}, 3)
+    assert deliver(Placed(order_id="o-1")).token == 0
 
 
 async def test_dataclasses_and_models_are_events_too() -> None:

@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import shlex
+import signal
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
-from millstream.brokers.base import Claim, Later, ParkedKey, Record, Settlement, StreamSpec, Subscription
+from millstream.brokers.base import Broker, Claim, Later, ParkedKey, Record, Settlement, StreamSpec, Subscription
 from millstream.brokers.ledger import HELD_MS
 from millstream.brokers.memory.broker import MemoryBroker
+from millstream.brokers.urls import broker_for
+from millstream.cli import show, target
+from millstream.cli.target import Interrupt
+from millstream.clock import Clock
+from millstream.settings import Settings
+from millstream.telemetry import Telemetry
 from tests.cli.conftest import Project
+from tests.cli.test_terminal import terminal
 
 ORDERS = StreamSpec("orders", 1, "order_id")
 ERROR = "Traceback (most recent call last):\n  …\nValueError: too much"
 
 
-def wait(broker: MemoryBroker, *keys: str | None, due_ms: int = HELD_MS, group: str = "billing") -> None:
+def wait(broker: Broker, *keys: str | None, due_ms: int = HELD_MS, group: str = "billing") -> None:
     """Publish events of these keys; in the group, all of them come to wait."""
 
     async def fail() -> None:
+        await broker.open()
         await broker.declare(ORDERS)
         consumer = await broker.subscribe(Subscription(ORDERS, group, "shop", order=True))
         records = [Record(0, f"{group}-{n}", "order.placed", b'{"total":1}', key) for n, key in enumerate(keys)]
@@ -30,6 +43,7 @@ def wait(broker: MemoryBroker, *keys: str | None, due_ms: int = HELD_MS, group: 
             await consumer.settle([_failed(claim, due_ms, first=claim.stored.record.key not in failed)])
             failed.add(claim.stored.record.key or claim.stored.record.id)
         await consumer.close()
+        await broker.close()
 
     asyncio.run(fail())
 
@@ -179,3 +193,89 @@ def test_keys_that_somebody_else_was_faster_with_are_counted(
     done = project("key", verb, "billing", "a", "b", "--yes")
     assert (done.exit_code, done.stdout) == (1, said)
     assert "1 key did not wait any more" in done.stderr
+
+
+@dataclass
+class Impatience:
+    """Somebody who presses Ctrl-C, so often, while the second page of keys is under way."""
+
+    presses: int
+    pages: int = 0
+    interrupts: list[Interrupt] = field(default_factory=list)
+
+    def watch(self, memory: MemoryBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(target, "Interrupt", self._interrupt)
+        for name in ("release_keys", "drop_keys"):
+            monkeypatch.setattr(memory.admin, name, self._beside(getattr(memory.admin, name)))
+
+    def _interrupt(self) -> Interrupt:
+        self.interrupts.append(Interrupt())
+        return self.interrupts[-1]
+
+    def _beside(self, change: Callable[[Sequence[ParkedKey]], Awaitable[list[int]]]) -> Callable[..., Any]:
+        async def changed(keys: Sequence[ParkedKey]) -> list[int]:
+            done = await change(keys)
+            self.pages += 1
+            if self.pages == 2:
+                for press in range(self.presses):
+                    os.kill(os.getpid(), signal.SIGINT)
+                    await (self.interrupts[-1].asked.wait() if press == 0 else asyncio.Event().wait())
+            return done
+
+        return changed
+
+
+def command(said: str) -> list[str]:
+    """The words behind `millstream` of the command with which to go on."""
+    return shlex.split(said.partition("go on with: millstream ")[2].partition("\n")[0])
+
+
+@pytest.mark.parametrize(
+    ("verb", "said", "rest"),
+    [
+        ("release", "released 200 keys", "released 30 keys"),
+        ("drop", "dropped 200 events of 200 keys", "dropped 30 events of 30 keys"),
+    ],
+)
+def test_stopped_by_ctrl_c_it_tells_what_was_done_and_goes_on_with_the_rest(
+    project: Project, memory: MemoryBroker, monkeypatch: pytest.MonkeyPatch, verb: str, said: str, rest: str
+) -> None:
+    names = [f"-k{n}" for n in range(229)]
+    wait(memory, *names, None)
+    Impatience(presses=1).watch(memory, monkeypatch)
+    monkeypatch.setattr(show, "LINE_S", 0.0)
+    done = project("key", verb, "billing", "--yes", "--", *names, "0@230")
+    assert (done.exit_code, done.stdout) == (130, f"{said}\n")
+    doing = {"release": "releasing", "drop": "dropping"}[verb]
+    lines = [line.split("  ")[0] for line in done.stderr.splitlines() if line.startswith(doing)]
+    assert lines == [f"{doing} 100 keys", f"{doing} 200 keys"]
+    go_on = command(done.stderr)
+    assert go_on == ["key", verb, "orders/billing", "--yes", "--", *names[200:], "0@230"]
+    done = project(*go_on)
+    assert (done.exit_code, done.stdout) == (0, f"{rest}\n") and "go on with" not in done.stderr
+
+
+def test_cut_off_by_a_second_ctrl_c_it_tells_what_is_in_doubt(
+    project: Project, memory: MemoryBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait(memory, *(f"k{n}" for n in range(230)))
+    Impatience(presses=2).watch(memory, monkeypatch)
+    done = project("key", "release", "billing", "--all", "--yes", "--broker", "memory://")
+    assert (done.exit_code, done.stdout) == (130, "")
+    doubt = "some of the next 100 keys may have been released already"
+    assert f"released 100 keys; stopped; {doubt}; go on with: millstream key " in done.stderr
+    go_on = command(done.stderr)
+    assert go_on == ["key", "release", "orders/billing", "--broker", "memory://", "--yes", "--all"]
+    assert project(*go_on).stdout == "released 230 keys\n"
+
+
+def test_interrupted_at_the_question_it_does_nothing_and_says_the_whole_command(project: Project) -> None:
+    project.environment = {"MILLSTREAM_BROKER": "sqlite:///shop.db"}
+    broker = broker_for("sqlite:///shop.db", Settings(), Clock(), Telemetry())
+    wait(broker, "a", "b")
+    with terminal(project, "key", "drop", "billing", "a", columns=200) as screen:
+        screen.until("Drop all that waits of 1 key, for ever? [y/N]")
+        screen.process.send_signal(signal.SIGINT)
+        assert screen.ended() == 130
+        assert "dropped 0 events of 0 keys; stopped; go on with: millstream key drop orders/billing -- a" in screen.text
+    assert len(parsed(project, "key", "ls", "billing")) == 2

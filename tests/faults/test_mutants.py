@@ -19,9 +19,8 @@ def file(tmp_path: Path) -> str:
 
 def test_events_that_are_over_before_they_are_handled_are_lost(file: str, journals: Path) -> None:
     with Crew(file, journals, FAULTS_MUTANT="ack_first") as crew:
-        victim = crew.start(
-            "work", FAULTS_DIE="inside:5"
-        )  # killed with a handler in its midst, whatever the machine does
+        # Killed with a handler in its midst, whatever the machine does.
+        victim = crew.start("work", FAULTS_DIE="inside:5")
         publisher = crew.start("publish", 0, 200, 2_000)
         (crew.directory / "enough").touch()
         assert (victim.wait(), publisher.wait()) == (-signal.SIGKILL, 0)

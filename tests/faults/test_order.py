@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from millstream import App
-from millstream.brokers.base import Broker, GroupInfo
+from millstream.brokers.base import Broker, GroupInfo, ParkedKey
 from tests.faults import tower
 from tests.faults.conftest import LONG, LONG_S
 from tests.faults.journal import Journal
@@ -224,7 +224,7 @@ def published(crew: Crew, first: int, count: int) -> None:
     asyncio.run(send())
 
 
-def test_a_poisoned_key_waits_alone_and_goes_on_in_order_when_it_is_healed(
+def test_a_poisoned_key_is_held_alone_and_goes_on_in_order_when_a_person_releases_it_at_another_owner(
     url: str, journals: Path, record_property: Told
 ) -> None:
     events, keys = (20_000, 1_000) if LONG else (4_000, 200)
@@ -233,13 +233,33 @@ def test_a_poisoned_key_waits_alone_and_goes_on_in_order_when_it_is_healed(
         assert crew.run("-m", "tests.faults.tower", "publish", events, keys, 0).wait(PATIENT_S) == 0
         others = events - events // keys
         crew.until(lambda: len(crew.journal.ids("fin")) == others, "the others wait too", PATIENT_S)
-        assert not any(id_.startswith("N7.") for id_ in crew.journal.ids("fin"))
+        crew.until(lambda: [key.events for key in held(url)] == [events // keys], "it is not held")
+        [key] = held(url)
+        assert (key.key, key.attempts) == ("N7", 2)
         second = worker(crew)
         crew.kill(first)
+        crew.until(lambda: len(owned(crew, second)) == PARTITIONS, "not all is taken over")
         (journals / "healed").touch()
+        assert held(url) == [key]
+        assert not any(id_.startswith("N7.") for id_ in crew.journal.ids("fin"))
+        assert asked(url, lambda broker: broker.admin.release_keys([key])) == [True]
         until_settled(crew)
         check(crew, record_property)
+        ran = [line for line in sorted(crew.journal.lines("run")) if line.id.startswith("N7.")]
+        assert [line.pid for line in ran] == [first.pid] * 2 + [second.pid] * (events // keys)
+        assert [line.id for line in ran[2:]] == [f"N7.{number}" for number in range(events // keys)]
         assert second.code is None
+
+
+def held(url: str) -> list[ParkedKey]:
+    """The keys that wait for a person."""
+    keys = asked(url, lambda broker: broker.admin.keys(flights.name, GROUP))
+    return [key for key in keys if key.due_ms is None]
+
+
+def owned(crew: Crew, child: Child) -> set[str]:
+    """The partitions that a process ever had."""
+    return {line.id for line in crew.journal.lines("own") if line.pid == child.pid}
 
 
 def test_members_that_come_and_go_share_evenly_and_each_partition_moves_once(

@@ -5,7 +5,8 @@
 
 An event's id is `<key>.<number>`. Environment, besides that of `shop.py`:
 
-    FAULTS_POISON   a key whose events fail while there is no file `healed` in the journal's directory
+    FAULTS_POISON   a key whose events fail while there is no file `healed` in the journal's directory; after two attempts it
+                    waits for a person, and so does any other that fails
     FAULTS_OUTPUTS  every handler publishes something: what was settled is durable then, and is never given out again
 
 In these journals `got`, `set`, `put`, `ref` and `lost` carry the token of the lease in place of an attempt.
@@ -32,6 +33,7 @@ PARTITIONS = int(os.environ.get("FAULTS_PARTITIONS", "8"))
 CHUNK = 500
 POISON = os.environ.get("FAULTS_POISON", "")
 OUTPUTS = "FAULTS_OUTPUTS" in os.environ
+RETRY = Retry(2, first="200ms", factor=1, then="hold") if POISON else Retry(1_000, first="200ms", factor=1)
 HEALED = Path(os.environ.get("FAULTS_JOURNAL", ".")) / "healed"
 
 
@@ -50,7 +52,7 @@ sightings = Stream("sightings", Seen)
 tower = App("tower", streams=[flights, sightings])
 
 
-@tower.subscriber(flights, GROUP, retry=Retry(1_000, first="200ms", factor=1))
+@tower.subscriber(flights, GROUP, retry=RETRY)
 async def board(event: Moved, delivery: Delivery[Moved]) -> None:
     die("before")
     shop.write("run", delivery.id, delivery.attempt)

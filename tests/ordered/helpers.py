@@ -59,9 +59,9 @@ def dead(reason: str = "failed") -> Dead:
     return Dead(reason, "broken")
 
 
-def stored(window: Window, now_s: float = 0, *, emptied: str = "", room: bool = True) -> Commit:
+def stored(window: Window, *, emptied: str = "", room: bool = True) -> Commit:
     """What there is to commit, stored."""
-    commit = window.commit(now_s, room=room)
+    commit = window.commit(room=room)
     assert commit is not None
     window.answered(Committed(State.STORED, frozenset(emptied)))
     return commit

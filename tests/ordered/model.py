@@ -3,8 +3,8 @@
 The ledger checks each commit against what was stored before: what is settled stays settled, what an event leaves behind
 comes with the commit that covers it and never again, and the queue of a parked key is in the order of the log. The worker
 runs one event of a key at a time; when one must wait, it puts back what it has of that key, sooner or later. It checks
-that the events of a key come to their first end in the order of the log. In an unruly world the broker is full at times,
-and what is put back comes in any order.
+that the events of a key come to their first end in the order of the log, and that a commit tells all that is settled. In an
+unruly world the broker is full at times, and what is put back comes in any order.
 """
 
 from __future__ import annotations
@@ -117,7 +117,6 @@ class World:
 
     def __init__(self, chance: random.Random, *, unruly: bool = False) -> None:
         self.ledger = ModelLedger()
-        self.now_s = 0.0
         self._chance = chance
         self._unruly = unruly
         self._window = Window(self.ledger.grant(clean=True), SIZE)
@@ -125,6 +124,9 @@ class World:
         self._put_back: list[Claim] = []
         self._last_end: dict[str, int] = defaultdict(int)
         self._completed: set[str] = set()
+        self._settled: set[str] = set()
+        """What this owner has settled."""
+        self._under_way = False
         self._room = True
 
     def run(self, steps: int) -> None:
@@ -141,7 +143,6 @@ class World:
             self._refuse: 2,
             self._crash: 1,
             self._hand_over: 1,
-            self._wait: 2,
         }
         for _ in range(steps):
             (happen,) = self._chance.choices(list(kinds), list(kinds.values()))
@@ -210,34 +211,51 @@ class World:
 
     def _settle(self, settlement: Settlement) -> None:
         assert self._window.settle(settlement)
+        self._settled.add(settlement.position.offset)
         assert not self._window.holds(settlement.position.offset)
 
     def _send(self) -> None:
-        commit = self._window.commit(self.now_s, room=self._room)
-        if commit is not None:
-            assert self._window.commit(self.now_s + 9, room=not self._room) is commit
-            self._room = True
-            answer = self.ledger.commit(commit)
+        commit = self._window.commit(room=self._room)
+        answer = None if commit is None else self.ledger.commit(commit)
+        if self._room and not self._under_way:
+            self._check_all_is_told()
+        if commit is not None and answer is not None:
+            assert self._window.commit(room=not self._room) is commit
+            self._room, self._under_way = True, False
             if self._chance.random() < 0.5:
                 self._work()  # an outcome arrives before the answer
                 self._hand_out()
             self._window.answered(answer)
 
+    def _check_all_is_told(self) -> None:
+        """What is settled is durable, of each key up to its first event that is not."""
+        durable, waiting = self.ledger.settled(), set[str]()
+        for stored in self.ledger.log:
+            offset, key = stored.position.offset, stored.record.key
+            if offset not in durable:
+                assert offset not in self._settled or key in waiting, (
+                    f"{offset} is settled, and the ledger does not know"
+                )
+                waiting.add(key or keyless(offset))
+
     def _send_and_hear_nothing(self) -> None:
-        commit = self._window.commit(self.now_s, room=self._room)
+        commit = self._window.commit(room=self._room)
         if commit is not None:
             self.ledger.commit(commit)
+            self._under_way = True
 
     def _refuse(self) -> None:
-        commit = self._window.commit(self.now_s)
+        commit = self._window.commit()
+        self._under_way = commit is not None
         if commit is None or commit.seq == self.ledger.seq:
             return
         if any(isinstance(effect, Bury) for effect in commit.effects) and self._chance.random() < 0.5:
             self._window.answered(Committed(State.DEAD_FULL))
+            self._under_way = False
             self._window.bury_later(0)
         elif self._unruly and any(isinstance(effect, NEEDS_ROOM) for effect in commit.effects):
             self._window.answered(Committed(State.FULL))
-            self._room = False
+            self._room = self._under_way = False
 
     def _crash(self) -> None:
         self._begin_anew(clean=False)
@@ -245,16 +263,15 @@ class World:
     def _hand_over(self) -> None:
         self._window.draining = True
         self._window.give_back()
-        while (commit := self._window.commit(self.now_s)) is not None:
+        while (commit := self._window.commit()) is not None:
             self._window.answered(self.ledger.commit(commit))
         self._begin_anew(clean=True)
 
     def _begin_anew(self, *, clean: bool) -> None:
         self._in_hand.clear()
         self._put_back.clear()
+        self._settled.clear()
+        self._under_way = False
         self._window = Window(self.ledger.grant(clean=clean), SIZE)
         while self._window.catching_up:
             self._read()
-
-    def _wait(self) -> None:
-        self.now_s += 1

@@ -164,7 +164,7 @@ class Place:
         self.group = OrderedGroup(log, "billing", "shop", [0] * self.stream.partitions)
         log.groups["billing"] = self.group
 
-    async def member(self, max_parked: int = MAX_PARKED) -> tuple[OrderedConsumer, Script]:
+    async def member(self, max_parked: int = MAX_PARKED, *, enter: bool = True) -> tuple[OrderedConsumer, Script]:
         """One that has entered the group, and what is asked of its ledgers."""
         script = Script()
         subscription = Subscription(self.stream, "billing", "shop", lease_s=LEASE_S, order=True, max_parked=max_parked)
@@ -174,7 +174,8 @@ class Place:
             self.clock,
             self.telemetry,
         )
-        await consumer.enter()
+        if enter:
+            await consumer.enter()
         return consumer, script
 
     async def publish(self, keys: str, partition: int = 0) -> list[Position]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from typing import Any
 
 import pytest
@@ -195,6 +196,51 @@ async def test_a_handler_of_a_suspect_does_not_start_without_the_lease() -> None
     assert (await consumer.keep()).lost == {claim.stored.position}
 
 
+async def test_a_life_that_ends_while_it_begins_is_tried_again() -> None:
+    place = await opened()
+    await place.publish("a")
+    consumer, script = await place.member(enter=False)
+    script.next("look", refuses(LeaseLost("unknown member")))
+    await consumer.enter()
+    script.next("enter", refuses(LeaseLost("unknown member")), refuses(LeaseLost("unknown member")))
+    for attempt in (consumer.keep(), consumer.fetch(10, 0)):
+        with pytest.raises(BrokerDown, match="unknown member") as told:
+            await attempt
+        assert told.value.retryable
+    await consumer.keep()
+    assert len(await consumer.fetch(10, 0)) == 1
+    assert len(set(script.asked("enter"))) == 4 and len(place.group.members) == 2  # the first one falls silent
+
+
+@pytest.mark.parametrize("beats", [1, 2])
+async def test_no_suspect_starts_in_a_partition_that_is_lost_while_another_one_is_asked_about(beats: int) -> None:
+    place = await opened(2)
+    consumer, script = await place.member()
+    await place.publish("a", 0)
+    await place.publish("b", 1)
+    held = sorted(positions(await consumer.fetch(10, 0)), key=lambda position: position.partition)
+    answered = asyncio.Event()
+    script.next("begin", waits(answered))
+    async with asyncio.TaskGroup() as tasks:
+        beginning = tasks.create_task(_refused(consumer.begin(held)))
+        await place.clock.advance(0)
+        place.group.parts[1].fence()
+        await place.clock.advance(1)
+        for _ in range(beats):  # with the second one it is acquired anew
+            await consumer.keep()
+        answered.set()
+    assert "partition 1" in beginning.result() and script.asked("begin") == [(0, ["1"])]
+    again = await consumer.fetch(10, 0)
+    assert positions(again) == held[1:] * (beats - 1)
+    assert await consumer.settle([settlement(claim) for claim in again]) == [True] * len(again)
+
+
+async def _refused(beginning: Awaitable[None]) -> str:
+    with pytest.raises(LeaseLost) as told:
+        await beginning
+    return str(told.value)
+
+
 async def test_a_partition_whose_grant_never_came_is_acquired_again() -> None:
     place = await opened()
     await place.publish("a")
@@ -295,6 +341,38 @@ async def test_what_is_held_of_a_released_partition_comes_to_the_next_owner_unco
     again += await second.fetch(10, 0)
     assert sorted((claim.attempt, claim.suspect) for claim in again) == [(1, 0), (2, 0)]
     assert parked[0] in positions(again)
+
+
+async def test_what_is_lost_or_acquired_anew_while_it_is_released_is_left_alone() -> None:
+    place = await opened(2)
+    consumer, script = await place.member()
+    await place.publish("a", 0)
+    await place.publish("b", 1)
+    claims = await consumer.fetch(10, 0)
+    answered = asyncio.Event()
+    script.next("release", waits(answered))
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(consumer.release(frozenset([0, 1])))
+        await place.clock.advance(1)
+        [(released, _)] = script.asked("release")
+        place.group.parts[1 - released].fence()
+        assert {position.partition for position in (await consumer.keep()).lost} == {1 - released}
+        [again] = await consumer.fetch(10, 0)
+        assert again.stored.position in positions(claims) and again.stored.position.partition == released
+        answered.set()
+    assert script.asked("release") == [(released, "")]
+    assert await consumer.settle([settlement(again)]) == [True]
+
+
+async def test_a_release_whose_life_ends_begins_no_other_one() -> None:
+    place = await opened(2)
+    consumer, script = await place.member()
+    await park(place, consumer, "a", "b")
+    held = await consumer.fetch(10, 0)
+    script.next("commit", refuses(LeaseLost("unknown member")))
+    await consumer.release(frozenset([0, 1]))
+    assert len(script.asked("enter")) == 1 and script.asked("release") == []
+    assert await consumer.settle([settlement(claim) for claim in held]) == [False, False]
 
 
 @pytest.mark.parametrize("step", ["commit", "look", "release", "leave"])

@@ -8,7 +8,7 @@ import pytest
 
 from millstream.brokers.base import Later, Position
 from millstream.brokers.ledger import Bury, Committed, Cursor, Delay, Park, Pop, State
-from millstream.brokers.window import after, place
+from millstream.brokers.window import Phase, Slot, _ahead, after, place
 from tests.ordered.helpers import (
     claims,
     dead,
@@ -47,7 +47,7 @@ def test_no_more_is_read_than_there_is_room_for() -> None:
     assert window.cursor == Cursor("6", 2, 7)
     window.hand_out(3)
     settle(window, 5)
-    stored(window, 1)
+    stored(window)
     assert window.cursor.room == 2  # from the first event that is not settled on
     settle(window, 4)
     stored(window)
@@ -86,7 +86,7 @@ def test_it_is_at_rest_when_nothing_is_handed_out_or_waits_for_a_commit() -> Non
     assert not window.at_rest()
     settle(window, 1, None, [output(1)])
     assert not window.at_rest()
-    assert window.commit(0) is not None and not window.at_rest()
+    assert window.commit() is not None and not window.at_rest()
     window.answered(Committed(State.STORED))
     assert window.at_rest()
     window.begin([head(9, "c")])
@@ -106,7 +106,7 @@ def test_an_outcome_is_ours_until_it_is_stored_and_only_for_what_was_handed_out(
     window.hand_out(1)
     assert settle(window, 1)
     assert settle(window, 1)  # a repeat of what waits for a commit
-    assert window.commit(0) is not None
+    assert window.commit() is not None
     assert settle(window, 1)
     window.answered(Committed(State.STORED))
     assert not settle(window, 1)
@@ -133,7 +133,7 @@ def test_a_repeat_for_a_head_is_ours_until_it_is_stored() -> None:
 def test_an_event_that_is_covered_ahead_is_not_ours_any_more() -> None:
     window = handed_out("ab")
     settle(window, 2)
-    assert stored(window, 1).h == "2"
+    assert stored(window).h == "2"
     assert not settle(window, 2)
 
 
@@ -146,12 +146,12 @@ def test_w_moves_to_the_first_event_that_is_not_settled() -> None:
     settle(window, 1)
     settle(window, 4)
     commit = stored(window)
-    assert (commit.w, commit.ordinal, commit.done, commit.seq) == ("2", 12, 2, 1)
+    assert (commit.w, commit.ordinal, commit.done, commit.seq) == ("2", 12, 3, 1)
     assert window.w == "2"
     settle(window, 3)
     commit = stored(window)
-    assert (commit.w, commit.ordinal, commit.done, commit.seq) == ("4", 14, 2, 2)
-    assert window.commit(100) is None
+    assert (commit.w, commit.ordinal, commit.done, commit.seq) == ("4", 14, 1, 2)
+    assert window.commit() is None
 
 
 def test_an_unknown_ordinal_stays_unknown() -> None:
@@ -160,17 +160,16 @@ def test_an_unknown_ordinal_stays_unknown() -> None:
     assert stored(window).ordinal is None
 
 
-def test_without_effects_what_is_ahead_is_told_once_a_second_at_most() -> None:
+def test_what_is_ahead_is_told_at_once_also_without_effects() -> None:
     window = handed_out("abcde")
     settle(window, 2)
-    assert window.commit(0.9) is None
-    commit = stored(window, 1.0)
+    commit = stored(window)
     assert (commit.w, commit.h, commit.open, commit.done) == ("", "2", ["1"], 1)
+    assert window.commit() is None
     settle(window, 4)
-    assert window.commit(1.9) is None
-    commit = stored(window, 2.0)
+    commit = stored(window)
     assert (commit.h, commit.open, commit.done) == ("4", ["1", "3"], 1)
-    assert window.commit(9) is None
+    assert window.commit() is None
 
 
 def test_effects_ahead_of_w_are_told_at_once_with_all_that_is_settled() -> None:
@@ -189,14 +188,45 @@ def test_w_leaves_behind_what_it_passes_and_h_never_goes_back() -> None:
     settle(window, 6)
     settle(window, 3)
     settle(window, 1)
-    commit = stored(window)  # too early for a new h
-    assert (commit.w, commit.h, commit.open) == ("1", "5", ["2", "3", "4"])
+    commit = stored(window)
+    assert (commit.w, commit.h, commit.open, commit.done) == ("1", "6", ["2", "4"], 3)
     settle(window, 2)
-    commit = stored(window, 1)
+    commit = stored(window)
     assert (commit.w, commit.h, commit.open) == ("3", "6", ["4"])
     settle(window, 4)
-    commit = stored(window, 2)
+    commit = stored(window)
     assert (commit.w, commit.h, commit.open) == ("6", "", ())
+
+
+def test_h_stays_where_it_is_while_what_lies_before_it_is_settled() -> None:
+    window = handed_out("abcdefg")
+    settle(window, 6)
+    assert stored(window).h == "6"
+    settle(window, 3)
+    commit = stored(window)
+    assert (commit.h, commit.open, commit.done) == ("6", ["1", "2", "4", "5"], 1)
+    settle(window, 4, None, [output(4)])
+    assert window.commit() is not None
+    window.answered(FULL)
+    settle(window, 2)
+    commit = stored(window, room=False)
+    assert (commit.h, commit.open, commit.done) == ("6", ["1", "4", "5"], 1)
+
+
+def test_nothing_is_looked_at_behind_the_last_settled_event_and_the_old_h() -> None:
+    slots = [Slot(claim, claim.stored.position.offset, str(number)) for number, claim in enumerate(claims("a" * 9), 1)]
+    slots[1].phase = Phase.SETTLED
+    rest = iter(slots)
+    assert _ahead(rest, 1, "", True) == ("2", ["1"], [slots[1]])
+    assert next(rest) is slots[2]
+    slots[4].phase = Phase.COVERED
+    rest = iter(slots)
+    assert _ahead(rest, 1, "5", True) == ("5", ["1", "3", "4"], [slots[1]])
+    assert next(rest) is slots[5]
+    slots[6].phase, slots[6].effects = Phase.SETTLED, [output(7)]
+    rest = iter(slots)
+    assert _ahead(rest, 2, "5", False) == ("5", ["1", "3", "4"], [slots[1]])
+    assert next(rest) is slots[7]
 
 
 def test_h_of_the_last_owner_holds_until_w_passes_it() -> None:
@@ -269,10 +299,10 @@ def test_what_joins_a_parked_key_comes_before_what_leaves_it() -> None:
 def test_the_same_commit_is_sent_until_it_is_answered() -> None:
     window = handed_out("abc")
     settle(window, 2, None, [output(2)])
-    commit = window.commit(0)
+    commit = window.commit()
     settle(window, 1, dead())
     settle(window, 3, None, [output(3)])
-    assert window.commit(5) is commit and window.commit(9, room=False) is commit
+    assert window.commit() is commit and window.commit(room=False) is commit
     assert commit is not None and written(commit.effects) == ["output 2"]
     window.answered(Committed(State.STORED))
     commit = stored(window)
@@ -286,13 +316,13 @@ def test_a_full_broker_gets_what_needs_no_room_and_w_stays_before_the_rest() -> 
     settle(window, 3, dead())
     settle(window, 4)
     settle(window, 5, Later(5, "busy"))
-    refused = window.commit(0)
+    refused = window.commit()
     assert refused is not None and refused.w == "5"
     window.answered(FULL)
     commit = stored(window, room=False)
     assert (commit.seq, commit.w, commit.h, commit.open) == (1, "1", "5", ["2", "3"])
     assert (written(commit.effects), commit.done) == (["park 5"], 2)
-    assert window.commit(9, room=False) is None
+    assert window.commit(room=False) is None
     assert settle(window, 2)  # the worker sends it again
     commit = stored(window)
     assert (commit.w, written(commit.effects), commit.done) == ("5", ["output 2", "bury 3"], 1)
@@ -303,10 +333,10 @@ def test_a_head_that_needs_room_waits_for_it_and_its_key_stays_busy() -> None:
     window.begin([head(1, "a"), head(2, "b")])
     settle(window, 1, None, [output(1)])
     settle(window, 2)
-    assert window.commit(0) is not None
+    assert window.commit() is not None
     window.answered(FULL)
     assert written(stored(window, room=False, emptied="b").effects) == ["pop 2"]
-    assert window.busy() == ["a"] and window.commit(9, room=False) is None
+    assert window.busy() == ["a"] and window.commit(room=False) is None
     assert written(stored(window, emptied="a").effects) == ["output 1", "pop 1"]
 
 
@@ -316,7 +346,7 @@ def test_without_room_for_dead_letters_their_events_wait_and_their_keys_with_the
     settle(window, 1, dead(), [output(1)])
     settle(window, 2, None, [output(2)])
     settle(window, 9, dead(), [output(9)])
-    assert window.commit(0) is not None
+    assert window.commit() is not None
     window.answered(DEAD_FULL)
     window.bury_later(500)
     window.put(claims("a", 3))
@@ -332,11 +362,22 @@ def test_without_room_for_dead_letters_their_events_wait_and_their_keys_with_the
     assert window.parked == {"a", "c"} and window.due_ms <= 500 and window.at_rest()
 
 
+def test_a_key_whose_dead_letter_found_no_room_is_due_when_it_is_stored_as_waiting() -> None:
+    window = handed_out("a")
+    settle(window, 1, dead())
+    assert window.commit() is not None
+    window.answered(DEAD_FULL)
+    window.bury_later(500)
+    window.due_ms = NEVER  # heads were asked for before the commit was stored
+    stored(window)
+    assert window.due_ms == 500
+
+
 def test_notes_of_suspects_go_with_the_commit_that_covers_them() -> None:
     window = handed_out("abc", clean=False, last="2", notes={"1": 1})
     settle(window, 1)
     settle(window, 3)
-    assert stored(window, 1).cleared == ["1"]
+    assert stored(window).cleared == ["1"]
     settle(window, 2)
     assert stored(window).cleared == ["2"]
 
@@ -349,7 +390,7 @@ def test_nothing_is_committed_before_all_is_read_that_was_settled_ahead() -> Non
     assert window.catching_up
     assert numbers(window.hand_out(10)) == [2]
     settle(window, 2)
-    assert window.commit(100) is None
+    assert window.commit() is None
     window.put(claims("de", 4))
     assert not window.catching_up
     assert numbers(window.hand_out(10)) == [5]

@@ -80,7 +80,7 @@ def test_nothing_of_a_key_goes_past_an_event_that_a_full_broker_refused() -> Non
     settle(window, 1, None, [output(1)])
     settle(window, 2, Later(5, "busy"))
     settle(window, 3, Later(5, "busy"))
-    assert window.commit(0) is not None
+    assert window.commit() is not None
     window.answered(Committed(State.FULL))
     commit = stored(window, room=False)  # a crash after it would run 1 again, behind 2
     assert (commit.open, written(commit.effects)) == (["1", "2"], ["park 3"])
@@ -146,7 +146,7 @@ def test_a_key_goes_on_when_a_commit_says_that_nothing_of_it_is_parked() -> None
     assert window.parked == {"a"} and window.due_ms == 0
     window.begin([head(2, "a", 1)])
     settle(window, 2)
-    commit = window.commit(0)
+    commit = window.commit()
     assert commit is not None and window.parked == {"a"}
     window.answered(Committed(State.STORED, frozenset("a")))
     assert window.parked == set()
@@ -158,7 +158,7 @@ def test_a_key_waits_on_while_an_event_of_it_joins_that_the_commit_did_not_hold(
     window = parking()
     window.begin([head(1, "a")])
     settle(window, 1)
-    commit = window.commit(0)
+    commit = window.commit()
     assert commit is not None and written(commit.effects) == ["pop 1"]
     window.put(claims("a", 2))
     assert window.hand_out(10) == []  # it joins, and the commit is under way
@@ -177,7 +177,7 @@ def test_a_key_that_is_parked_anew_while_its_last_head_is_stored_waits_on() -> N
     window = handed_out("ab")
     window.begin([head(9, "a")])
     settle(window, 9)
-    assert window.commit(0) is not None
+    assert window.commit() is not None
     settle(window, 1, Later(5, "busy"))
     window.answered(Committed(State.STORED, frozenset("a")))
     assert window.parked == {"a"} and window.due_ms <= 5
@@ -197,7 +197,7 @@ def test_a_head_is_not_begun_while_its_key_is_busy() -> None:
     assert window.busy() == ["a"]
     settle(window, 1)
     assert window.busy() == ["a"]
-    assert window.commit(0) is not None and window.busy() == ["a"]
+    assert window.commit() is not None and window.busy() == ["a"]
     window.answered(Committed(State.STORED))
     assert window.busy() == []
 
@@ -235,7 +235,7 @@ def test_events_without_a_key_wait_for_nobody() -> None:
     assert numbers(window.hand_out(10)) == [4]
     window.begin([head(1, keyless("1"))])
     settle(window, 1)
-    stored(window, 1)
+    stored(window)
     assert window.parked == {keyless("1"), keyless("3")}
 
 
@@ -275,11 +275,11 @@ def test_a_head_that_is_given_back_is_not_ours_to_settle() -> None:
 def test_all_that_was_settled_is_stored_when_the_rest_is_given_back() -> None:
     window = handed_out("abc")
     settle(window, 2)
-    stored(window, 1)
+    stored(window)
     settle(window, 3)
     window.give_back()
-    commit = window.commit(1.5)
-    assert commit is not None and (commit.h, commit.open) == ("3", ["1"])
+    commit = stored(window)
+    assert (commit.h, commit.open) == ("3", ["1"])
 
 
 def test_a_head_whose_dead_letter_waits_keeps_its_postponements() -> None:

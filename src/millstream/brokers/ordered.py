@@ -20,17 +20,14 @@ from millstream.brokers.ledger import Cursor, Grant, Lease, Ledger, State, View
 from millstream.brokers.share import share
 from millstream.brokers.window import Window
 from millstream.clock import Clock
-from millstream.errors import BrokerError, BrokerFull, LeaseLost, LogRegressed
+from millstream.errors import BrokerDown, BrokerError, BrokerFull, LeaseLost, LogRegressed
 from millstream.telemetry import ACQUIRED, BROKER_ERROR, RELEASED, Telemetry, logger
 from millstream.units import DEAD_FULL_S
 
 LOOK_S = 0.5  # how often the others are looked at, at most: a takeover follows within a second of the lease
 MAX_HEADS = 32  # of a partition, begun in one step
 MAX_READ = 1_000  # events in one answer
-LEAST_OF_A_KEY = (
-    8  # events of one key are handed out at once, and at most as many as a fetch asks for: a worker asks for half
-)
-# of what it has room for, so that a slow key leaves the other half to others
+LEAST_OF_A_KEY = 8  # events are handed out at once, and more only if a fetch asks for more: see `_hand_out`
 FULL_TOLD_S = 1.0  # a partition that waits since too much is parked says so this often, at most
 LEAST_WAIT_S = 0.001  # due times are whole milliseconds
 
@@ -69,8 +66,11 @@ class OrderedConsumer:
 
     async def enter(self) -> None:
         """Become a member; what is free is taken with the first heartbeat."""
-        await self._living()
-        await self._share()
+        ledger = await self._living()
+        try:
+            await self._share()
+        except LeaseLost as error:
+            self._end(ledger, error)
 
     async def fetch(self, limit: int, wait_s: float) -> list[Claim]:
         """Up to `limit` events, of each partition in order; waits up to `wait_s` for the first one."""
@@ -100,17 +100,17 @@ class OrderedConsumer:
     async def begin(self, positions: Sequence[Position]) -> None:
         """Note that the handlers of these suspects start now. Raises `LeaseLost` when they are not ours."""
         ledger = await self._living()
-        offsets: dict[int, list[str]] = defaultdict(list)
+        suspects: dict[Window, list[str]] = defaultdict(list)
         for position in positions:
             window = self._windows.get(position.partition)
             if window is None or not window.holds(position.offset):
                 raise LeaseLost(f"{ledger.name} does not hold {position} any more")
-            offsets[position.partition].append(position.offset)
-        for partition, some in offsets.items():
-            window = self._windows[partition]
-            if not await ledger.begin(partition, window.epoch, some):
+            suspects[window].append(position.offset)
+        for window, offsets in suspects.items():
+            # It may have been lost, and even acquired anew, while the ledger was asked about another one.
+            if not self._has(window) or not await ledger.begin(window.partition, window.epoch, offsets):
                 self._lose(window)
-                raise LeaseLost(f"{ledger.name} does not hold partition {partition} any more")
+                raise LeaseLost(f"{ledger.name} does not hold partition {window.partition} any more")
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[bool]:
         """Take in outcomes and commit what they are, partition by partition; False where an event was not ours any more."""
@@ -146,8 +146,8 @@ class OrderedConsumer:
 
     async def release(self, partitions: frozenset[int]) -> None:
         """Hand back what is held of these partitions, store their progress, and give them to whoever asked for them."""
-        for partition in partitions & self._windows.keys():
-            await self._release(self._windows[partition])
+        for window in [window for window in self._windows.values() if window.partition in partitions]:
+            await self._release(window)
 
     async def close(self) -> None:
         """Store all progress, hand back all that is held, and leave the group."""
@@ -179,7 +179,10 @@ class OrderedConsumer:
                 raise BrokerError("this consumer is closed")
             if self._ledger is None:
                 ledger = self._make()
-                await ledger.enter()
+                try:
+                    await ledger.enter()
+                except LeaseLost as error:
+                    raise BrokerDown(f"{ledger.name} was thrown out before it had begun: {error}") from error
                 self._ledger, self._look_at = ledger, 0.0
             return self._ledger
 
@@ -191,8 +194,11 @@ class OrderedConsumer:
         for window in list(self._windows.values()):
             self._lose(window)
 
+    def _has(self, window: Window) -> bool:
+        return self._windows.get(window.partition) is window
+
     def _lose(self, window: Window) -> None:
-        if self._windows.get(window.partition) is window:
+        if self._has(window):
             del self._windows[window.partition]
             self._lost.update(window.held())
             self._wake()
@@ -298,16 +304,19 @@ class OrderedConsumer:
             )
 
     async def _release(self, window: Window, view: View | None = None) -> None:
+        if not self._has(window):
+            return
         ledger = await self._living()
         window.draining = True
         window.give_back()
         with suppress(BrokerFull):  # what could not be stored is handled again, by whoever has the partition next
             await self._commit([window])
-        if self._windows.get(window.partition) is not window:
+        if not self._has(window):
             return
         heir = (view or await ledger.look()).leases[window.partition].want
         await ledger.release(window.partition, window.epoch, heir)
-        self._windows.pop(window.partition, None)
+        if self._has(window):  # else it was lost meanwhile, and may even have been acquired anew
+            del self._windows[window.partition]
         self._emit(RELEASED, window, heir=heir)
         self._look_at = 0.0
         self._wake()
@@ -315,7 +324,8 @@ class OrderedConsumer:
     # Claiming.
 
     def _hand_out(self, limit: int) -> list[Claim]:
-        # Each call begins one partition further, or a busy first one would starve the others.
+        # Each call begins one partition further, or a busy first one would starve the others. A worker asks for half of what
+        # it has room for: as many of one key at most, and a slow key leaves the other half to others.
         claims: list[Claim] = []
         windows = list(self._windows.values())
         self._turn += 1
@@ -362,7 +372,7 @@ class OrderedConsumer:
                 raise
             if found is None:
                 self._lose(window)
-            elif self._windows.get(window.partition) is window and not window.draining:
+            elif self._has(window) and not window.draining:
                 window.due_ms = min(window.due_ms, found.due_ms)
                 self._begun += window.begin(found.heads)
 
@@ -396,7 +406,7 @@ class OrderedConsumer:
         """Store what there is to store of these windows; raises `BrokerFull` after all that needs no room was stored."""
         async with self._committing:
             full: list[Window] = []
-            todo = [window for window in windows if self._windows.get(window.partition) is window]
+            todo = [window for window in windows if self._has(window)]
             while todo:
                 todo = await self._commit_once(todo, full)
             if full:
@@ -412,8 +422,7 @@ class OrderedConsumer:
 
     async def _commit_once(self, windows: Sequence[Window], full: list[Window]) -> list[Window]:
         ledger = await self._living()
-        now_s = self._clock.monotonic()
-        made = [(window, window.commit(now_s, room=window not in full, sure=True)) for window in windows]
+        made = [(window, window.commit(room=window not in full)) for window in windows]
         commits = [(window, commit) for window, commit in made if commit is not None]
         if not commits:
             self._rouse(windows)
@@ -439,4 +448,4 @@ class OrderedConsumer:
                     continue  # there is no room for anything at all
                 full.append(window)
             again.append(window)
-        return [window for window in again if self._windows.get(window.partition) is window]
+        return [window for window in again if self._has(window)]

@@ -5,9 +5,10 @@
              │ └─ its key is parked ──► behind ── all before it are settled ┘
              └──── its key has enough out ─┘
 
-Events come in the order of the log and are settled in any order, at most one of a key at a time. The mark `w` follows the
-first one that is not settled; what is settled beyond it is told by `h` and `open`, so that a crash repeats it only where
-nothing would be written twice: **effects go into the first commit that covers their event, in the order of the log.**
+Events come in the order of the log; those of different keys are settled in any order. The mark `w` follows the first one
+that is not settled; what is settled beyond it is told by `h` and `open`, so that a crash does not repeat it. **A commit
+covers all that is settled, of each key up to its first event that is not; and effects go into the first commit that covers
+their event, in the order of the log.** Whoever settled something therefore knows by the answer whether it was still ours.
 
 A key that must wait is parked: its event, and every later one of the key, are stored aside, and the log goes on. The rule
 that keeps the order: an event is set aside behind others only when all events of its key before it are settled. Until then
@@ -44,7 +45,6 @@ from millstream.brokers.ledger import (
 )
 
 WINDOW = 2_048  # events from the first that is not settled to the last that was read
-H_EVERY_S = 1.0  # how old the durable `h` may become while nothing depends on it: what a crash repeats of other keys
 
 _NEVER = float("inf")
 
@@ -130,7 +130,6 @@ class Window:
         self._sending: _Sending | None = None
         self._waiting_effects = 0
         self._uncovered = 0
-        self._h_s = 0.0
 
     # Reading.
 
@@ -151,9 +150,7 @@ class Window:
     def put(self, claims: Iterable[Claim]) -> None:
         """Take in what was read, in order."""
         slots, add = self._slots, self._ready.append
-        fresh = (
-            not self._grant.h and self._grant.clean
-        )  # nothing was left by the last owner that would have to be looked at
+        fresh = not self._grant.h and self._grant.clean  # the last owner left nothing that must be looked at
         for claim in claims:
             stored = claim.stored
             offset = stored.position.offset
@@ -262,14 +259,11 @@ class Window:
             delay = Delay(head.key, offset, 0, claim.attempt - 1, claim.postponed)
             self._ended.append(_Ended(head, (delay,), given_back=True))
         self._heads.clear()
-        self._h_s = -_NEVER  # the next commit tells all that is settled: who comes next is not to repeat it
 
     # Committing.
 
-    def commit(self, now_s: float, *, room: bool = True, sure: bool = False) -> Commit | None:
+    def commit(self, *, room: bool = True) -> Commit | None:
         """What is to be stored now; None when there is nothing. The same again until it is answered.
-
-        With `sure`, all that is settled is told at once: whoever settled it is to know whether it was still ours.
 
         Without `room`, what a full broker would refuse stays out, and so do the events that it belongs to.
         """
@@ -282,12 +276,9 @@ class Window:
         heads = [ended for ended in self._ended if room or not _needs_room(ended.effects)]
         w = passed[-1].offset if passed else self.w
         h, opened = self._still_ahead(w, passed)
-        more = self._waiting_effects > sum(1 for slot in covered if slot.effects)
-        ahead_too = sure and self._uncovered > len(covered)
-        if more or ahead_too or (len(self._slots) > len(passed) and now_s - self._h_s >= H_EVERY_S):
-            h, opened, ahead = _ahead(islice(self._slots.values(), len(passed), None), room)
+        if left := self._uncovered - len(covered):
+            h, opened, ahead = _ahead(islice(self._slots.values(), len(passed), None), left, h, room)
             covered += ahead
-            self._h_s = now_s
         if not (passed or heads or covered):
             return None
         ends: list[Slot | _Ended] = [*covered, *heads]
@@ -407,7 +398,8 @@ class Window:
                 self._joining[effect.key] -= 1
                 if not self._joining[effect.key]:
                     del self._joining[effect.key]
-                if effect.attempts or effect.postponed:  # else it has joined others, and it is they who are due
+                # One that has none of these has joined others, which are due first.
+                if effect.due_ms or effect.attempts or effect.postponed:
                     self.due_ms = min(self.due_ms, effect.due_ms)
             elif isinstance(effect, Delay):
                 self.due_ms = min(self.due_ms, effect.due_ms)
@@ -435,21 +427,26 @@ def keyless(offset: str) -> str:
     return f"\0{offset}"
 
 
-def _ahead(slots: Iterable[Slot], room: bool) -> tuple[str, Sequence[str], list[Slot]]:
-    """`h`, `open`, and the settled events that they cover."""
-    h, opened, covered = "", 0, []
+def _ahead(slots: Iterable[Slot], left: int, before: str, room: bool) -> tuple[str, Sequence[str], list[Slot]]:
+    """`h`, `open`, and the settled events that they cover; `left` are settled, and `h` stays no less than `before`."""
+    h, opened, covered = "", 0, list[Slot]()
     unsettled: list[str] = []
-    keys: set[str] = (
-        set()
-    )  # of these: nothing of a key goes past an event that stays, or a crash would turn them around
+    # Of these keys nothing goes past an event that stays open, or a crash would turn the two around.
+    keys = set[str]()
     for slot in slots:
         if slot.phase is not Phase.COVERED and (slot.key in keys or not _coverable(slot, room)):
+            left -= slot.phase is Phase.SETTLED
             unsettled.append(slot.offset)
             keys.add(slot.key)
-            continue
-        h, opened = slot.offset, len(unsettled)
-        if slot.phase is Phase.SETTLED:
-            covered.append(slot)
+        else:
+            h, opened = slot.offset, len(unsettled)
+            if slot.phase is Phase.SETTLED:
+                left -= 1
+                covered.append(slot)
+            if slot.offset == before:
+                before = ""
+        if not (left or before):  # nothing that follows is settled
+            break
     return h, unsettled[:opened], covered
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import click
 import msgspec
 
-from millstream.brokers.base import Broker, GroupInfo, ParkedKey
+from millstream.brokers.base import Admin, Broker, GroupInfo, ParkedKey
+from millstream.brokers.urls import mask
 from millstream.cli import show, target
-from millstream.cli.main import DONE, PART, Command, Given, Group, Mistake
+from millstream.cli.main import DONE, INTERRUPTED, PART, Command, Given, Group, Mistake
 from millstream.cli.show import Column, Output
+from millstream.clock import Clock
 from millstream.units import MAX_PARKED
 
 PAGE = 100  # keys acted on at once
@@ -102,7 +105,7 @@ def release(given: Given, group: str, names: tuple[str, ...], every: bool, plan:
     """
     if every == bool(names):
         raise Mistake("Which keys? Name them, or say --all.")
-    return target.run(lambda: _release(given, group, names, plan, yes))
+    return target.run(lambda: _Changing(given, "release", names, plan, yes).run(group))
 
 
 @key.command(cls=Command)
@@ -115,7 +118,7 @@ def drop(given: Given, group: str, names: tuple[str, ...], plan: bool, yes: bool
 
     The events stay in the stream, but the group has done with them. Later events of these keys are handled again.
     """
-    return target.run(lambda: _drop(given, group, names, plan, yes))
+    return target.run(lambda: _Changing(given, "drop", names, plan, yes).run(group))
 
 
 async def _list(given: Given, group: str, limit: int, output: Output) -> None:
@@ -149,47 +152,96 @@ async def _show(given: Given, group: str, name: str, output: Output) -> None:
         show.note(f"these are the first {len(events):,} of {found[0].events:,} events")
 
 
-async def _release(given: Given, group: str, names: Sequence[str], plan: bool, yes: bool) -> int:
-    async with target.find(given).opened() as broker:
-        keys = await _planned(broker, group, names, "release")
-        if plan or not keys:
+class _Changing:
+    """Keys are released, or dropped: first shown, then done. Whatever ends it, it says with which command to go on."""
+
+    def __init__(
+        self, given: Given, verb: Literal["release", "drop"], names: Sequence[str], plan: bool, yes: bool
+    ) -> None:
+        self._given = given
+        self._verb = verb
+        self._names = names
+        self._plan = plan
+        self._yes = yes
+        self._group = ""
+        self._doubt = ""
+        self._left: Sequence[ParkedKey] = ()
+        self._keys = self._events = self._gone = 0
+
+    async def run(self, group: str) -> int:
+        """The exit code."""
+        meant = target.find(self._given)
+        async with meant.opened() as broker:
+            info = await target.find_group(broker, group)
+            self._group = _named(info)
+            try:
+                return await self._run(broker, info, meant.clock)
+            except click.ClickException:
+                raise
+            except BaseException:
+                show.note(f"{self._done()}; {self._how_to_go_on()}")
+                raise
+
+    async def _run(self, broker: Broker, info: GroupInfo, clock: Clock) -> int:
+        keys = self._left = await _find(broker, info, self._names)
+        self._tell_plan()
+        if self._plan or not keys:
             return DONE
-        show.confirm(f"Release {show.many(len(keys), 'key')}?", yes=yes)
-        done = 0
-        try:
-            for page in _pages(keys):
-                done += sum(await broker.admin.release_keys(page))
-        finally:
-            click.echo(f"released {show.many(done, 'key')}")
-    return _judged(len(keys) - done)
+        count = show.many(len(keys), "key")
+        drop = self._verb == "drop"
+        show.confirm(f"Drop all that waits of {count}, for ever?" if drop else f"Release {count}?", yes=self._yes)
+        interrupt = target.Interrupt()
+        progress = show.Progress("dropping" if drop else "releasing", "key", clock, len(keys))
+        with interrupt.caught(), progress:
+            while self._left and not interrupt.asked.is_set():
+                await self._change(broker.admin, self._left[:PAGE])
+                self._left = self._left[PAGE:]
+                progress.show(len(keys) - len(self._left))
+        click.echo(self._done())
+        if self._gone:
+            show.note(f"{show.many(self._gone, 'key')} did not wait any more")
+        if self._left:
+            show.note(self._how_to_go_on())
+            return INTERRUPTED
+        return PART if self._gone else DONE
 
+    def _tell_plan(self) -> None:
+        keys = self._left
+        events = show.many(sum(key.events for key in keys), "event")
+        show.note(f"plan: {self._verb} {show.many(len(keys), 'key')} of {self._group}, with {events}")
+        show.rows([_fields(key) for key in keys[:MAX_SHOWN]], _COLUMNS, "table", err=True)
+        if len(keys) > MAX_SHOWN:
+            show.note(f"and {len(keys) - MAX_SHOWN:,} more")
 
-async def _drop(given: Given, group: str, names: Sequence[str], plan: bool, yes: bool) -> int:
-    async with target.find(given).opened() as broker:
-        keys = await _planned(broker, group, names, "drop")
-        if plan:
-            return DONE
-        show.confirm(f"Drop all that waits of {show.many(len(keys), 'key')}, for ever?", yes=yes)
-        dropped: list[int] = []
-        try:
-            for page in _pages(keys):
-                dropped += await broker.admin.drop_keys(page)
-        finally:
-            gone = dropped.count(0)
-            click.echo(f"dropped {show.many(sum(dropped), 'event')} of {show.many(len(dropped) - gone, 'key')}")
-    return _judged(gone)
+    async def _change(self, admin: Admin, page: Sequence[ParkedKey]) -> None:
+        self._doubt = f"; some of the next {show.many(len(page), 'key')} may have been {self._past} already"
+        counts: Sequence[int] = await (admin.drop_keys(page) if self._verb == "drop" else admin.release_keys(page))
+        self._doubt = ""
+        self._events += sum(counts)
+        self._gone += counts.count(0)
+        self._keys += len(counts) - counts.count(0)
 
+    @property
+    def _past(self) -> str:
+        return "dropped" if self._verb == "drop" else "released"
 
-async def _planned(broker: Broker, group: str, names: Sequence[str], verb: str) -> list[ParkedKey]:
-    """The keys that are meant, all without names, after telling so."""
-    info = await target.find_group(broker, group)
-    keys = await _find(broker, info, names)
-    events = sum(key.events for key in keys)
-    show.note(f"plan: {verb} {show.many(len(keys), 'key')} of {_named(info)}, with {show.many(events, 'event')}")
-    show.rows([_fields(key) for key in keys[:MAX_SHOWN]], _COLUMNS, "table", err=True)
-    if len(keys) > MAX_SHOWN:
-        show.note(f"and {len(keys) - MAX_SHOWN:,} more")
-    return keys
+    def _done(self) -> str:
+        what = f"{show.many(self._events, 'event')} of " if self._verb == "drop" else ""
+        return f"{self._past} {what}{show.many(self._keys, 'key')}"
+
+    def _how_to_go_on(self) -> str:
+        return f"stopped{self._doubt}; go on with: {shlex.join(self._command())}"
+
+    def _command(self) -> list[str]:
+        given = self._given
+        words = ["millstream", "key", self._verb, self._group]
+        words += ["--app", given.app] if given.app else []
+        words += ["--broker", mask(given.broker)] if given.broker else []
+        words += ["--factory"] if given.factory else []
+        words += ["--yes"] if self._yes else []
+        if not self._names:
+            return [*words, "--all"]
+        return [*words, "--", *([_word(key) for key in self._left] or self._names)]
 
 
 async def _find(broker: Broker, info: GroupInfo, names: Sequence[str]) -> list[ParkedKey]:
@@ -208,22 +260,15 @@ async def _find(broker: Broker, info: GroupInfo, names: Sequence[str]) -> list[P
     return list(found)
 
 
-def _pages(keys: Sequence[ParkedKey]) -> list[Sequence[ParkedKey]]:
-    return [keys[start : start + PAGE] for start in range(0, len(keys), PAGE)]
-
-
-def _judged(gone: int) -> int:
-    """The exit code, after telling what could not be done."""
-    if gone:
-        show.note(f"{show.many(gone, 'key')} did not wait any more")
-    return PART if gone else DONE
-
-
 def _fields(key: ParkedKey) -> dict[str, Any]:
-    """A key's fields; one that only stands for an event without a key goes by its position."""
-    first = str(key.first)
-    word = first if key.key.startswith("\0") else key.key
-    return {"name": f"{key.stream}/{key.group}", **msgspec.structs.asdict(key), "key": word, "first": first}
+    """A key's fields, for people and machines."""
+    fields = msgspec.structs.asdict(key)
+    return {"name": f"{key.stream}/{key.group}", **fields, "key": _word(key), "first": str(key.first)}
+
+
+def _word(key: ParkedKey) -> str:
+    """What people call a key; one that only stands for an event without a key goes by its position."""
+    return str(key.first) if key.key.startswith("\0") else key.key
 
 
 def _named(info: GroupInfo) -> str:

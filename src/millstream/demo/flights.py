@@ -135,9 +135,8 @@ def handlers(desk: Desk) -> Router:
         await desk.page(event, delivery.attempt)
         text = describe(event)
         desk.sent.append(text)
-        delivery.publish(
-            Alert(flight_id=event.flight_id, text=text), to=alerts
-        )  # stored with the outcome, or not at all
+        # Stored with the outcome, or not at all.
+        delivery.publish(Alert(flight_id=event.flight_id, text=text), to=alerts)
 
     return router
 

@@ -227,7 +227,7 @@ class TestApp:
 
 
 def deliver(
-    event: E, *, attempt: int = 1, key: str | None = None, headers: Mapping[str, str] | None = None
+    event: E, *, attempt: int = 1, key: str | None = None, headers: Mapping[str, str] | None = None, token: int = 0
 ) -> Delivery[E]:
     """A delivery for calling a handler directly. What the handler publishes is in `delivery.staged`, as it gave it."""
     return Delivery(
@@ -243,6 +243,7 @@ def deliver(
         False,
         None,
         lambda _delivery, published, _to: published,
+        token,
     )
 
 

@@ -26,9 +26,8 @@ from millstream.clock import Clock, Handle
 
 START_MS = 1_767_225_600_000  # 2026-01-01T00:00:00Z: in the years that tests are about, and a date one recognises
 BOOT_S = 1_000.0  # what `monotonic` shows at the start: not 0, so that nobody takes it for "never"
-QUIET_TURNS = (
-    50  # turns of the loop that settle what no thread or socket is needed for; a chain of awaits takes one each
-)
+# Turns of the loop that settle what no thread or socket is needed for; a chain of awaits takes one each.
+QUIET_TURNS = 50
 
 
 class VirtualClock(Clock):

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from millstream.brokers.base import (
     Claim,
     Dead,
-    DeadLetter,
     Done,
     GroupInfo,
     Later,
@@ -20,7 +19,7 @@ from millstream.brokers.base import (
     Position,
     Stored,
 )
-from millstream.units import MAX_DEAD, MAX_ERROR_CHARS
+from millstream.brokers.memory.letters import Letters
 
 if TYPE_CHECKING:
     from millstream.brokers.memory.log import Log
@@ -70,7 +69,7 @@ class Group:
         self.pending: dict[Position, Pending] = {}
         self.due: list[tuple[int, int, Pending]] = []  # a heap: due time, who came first, what
         self.members: dict[str, Member] = {}
-        self.dead: dict[str, DeadLetter] = {}
+        self.dead = Letters(log.spec.name, name)
         self.count: Counter[str] = Counter()
 
     def claim(self, member: Member, limit: int, now_ms: int, *, fresh: bool) -> list[Claim]:
@@ -88,9 +87,7 @@ class Group:
 
     def full(self, partition: int) -> bool:
         """True when there is no room for a dead letter of this partition."""
-        if len(self.dead) < MAX_DEAD:
-            return False
-        return sum(letter.stored.position.partition == partition for letter in self.dead.values()) >= MAX_DEAD
+        return self.dead.full(partition)
 
     def settle(self, pending: Pending, outcome: Outcome, now_ms: int) -> None:
         """Turn a held event into a finished one, one that waits, or a dead letter."""
@@ -106,10 +103,7 @@ class Group:
                 self._wait(pending, at_ms)
             case Dead(reason=reason, error=error):
                 self._let_go(pending, forget=True)
-                self.count["buried"] += 1
-                ref = f"{self.count['buried']:012}"
-                what = (self.log.spec.name, self.name, pending.stored, reason, error[:MAX_ERROR_CHARS])
-                self.dead[ref] = DeadLetter(*what, pending.attempt, now_ms, ref)
+                self.dead.bury(pending.stored, reason, error, pending.attempt, now_ms)
 
     def hand_back(self, member: Member, partitions: frozenset[int]) -> None:
         """Let what a member holds of these partitions wait, due at once, as if it had not been claimed."""
@@ -137,13 +131,10 @@ class Group:
 
     def take_letter(self, ref: str, now_ms: int, *, replay: bool) -> bool:
         """Remove a dead letter, to forget it or to let its event wait as a new one; False when it is gone."""
-        letter = self.dead.pop(ref, None)
-        if letter is None:
-            return False
-        self.count["replayed" if replay else "dropped"] += 1
-        if replay:
+        letter = self.dead.take(ref, replay=replay)
+        if letter is not None and replay:
             self._give(letter.stored, now_ms)
-        return True
+        return letter is not None
 
     def give(self, events: Sequence[Stored], now_ms: int) -> int:
         """Let events wait as new ones, those that are settled; how many."""
@@ -186,7 +177,7 @@ class Group:
         names = (self.log.spec.name, self.name, self.owner)
         members = sum(not member.silent(now_s) for member in self.members.values())
         now = (members, self._lag(), len(self.pending), len(self.due), len(self.dead))
-        return GroupInfo(*names, *now, *(self.count[name] for name in ("done", "retried", "replayed", "dropped")))
+        return GroupInfo(*names, *now, self.count["done"], self.count["retried"], self.dead.replayed, self.dead.dropped)
 
     def _claim_fresh(self, member: Member, limit: int) -> list[Claim]:
         claims: list[Claim] = []

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from millstream.brokers.base import (
     Claim,
-    DeadLetter,
     GroupInfo,
     Output,
     ParkedKey,
@@ -36,9 +35,10 @@ from millstream.brokers.ledger import (
     State,
     View,
 )
+from millstream.brokers.memory.letters import Letters
 from millstream.brokers.window import keyless
 from millstream.errors import LeaseLost
-from millstream.units import MAX_DEAD, MAX_ERROR_CHARS
+from millstream.units import MAX_ERROR_CHARS
 
 if TYPE_CHECKING:
     from millstream.brokers.memory.broker import MemoryBroker
@@ -144,7 +144,7 @@ class OrderedGroup:
         self.parts = [_Part(count) for count in begin]
         self.members: dict[str, tuple[float, float]] = {}
         """Per name when it beat last, and its lease."""
-        self.dead: dict[str, DeadLetter] = {}
+        self.dead = Letters(log.spec.name, name)
         self.count: Counter[str] = Counter()
 
     def living(self, now_s: float) -> frozenset[str]:
@@ -178,7 +178,7 @@ class OrderedGroup:
         if commit.seq == part.seq:
             return part.answer
         buried = sum(isinstance(effect, Bury) for effect in commit.effects)
-        if buried and len(self.dead) + buried > MAX_DEAD:
+        if buried and self.dead.full(commit.partition, buried):
             return Committed(State.DEAD_FULL)
         for effect in commit.effects:
             self._apply(part, effect, now_ms, broker)
@@ -200,13 +200,10 @@ class OrderedGroup:
 
     def take_letter(self, ref: str, now_ms: int, *, replay: bool) -> bool:
         """Remove a dead letter, to forget it or to park its event as a new one; False when it is gone."""
-        letter = self.dead.pop(ref, None)
-        if letter is None:
-            return False
-        self.count["replayed" if replay else "dropped"] += 1
-        if replay:
+        letter = self.dead.take(ref, replay=replay)
+        if letter is not None and replay:
             self._park(letter.stored, now_ms)
-        return True
+        return letter is not None
 
     def give(self, events: Sequence[Stored], now_ms: int) -> int:
         """Park events at the ends of their keys, those that are settled and not parked; how many."""
@@ -279,7 +276,7 @@ class OrderedGroup:
         """The group as it is now; what is parked is pending."""
         parked = sum(part.events_parked() for part in self.parts)
         now = len(self.living(now_s)), self._lag(), parked, parked, len(self.dead)
-        counts = (self.count[name] for name in ("done", "retried", "replayed", "dropped"))
+        counts = self.count["done"], self.count["retried"], self.dead.replayed, self.dead.dropped
         return GroupInfo(self.log.spec.name, self.name, self.owner, *now, *counts)
 
     def pending_infos(self) -> list[PendingInfo]:
@@ -296,10 +293,7 @@ class OrderedGroup:
             case Output(stream=stream, record=record):
                 broker.store(stream, record)
             case Bury(stored=stored, reason=reason, error=error, attempts=attempts):
-                self.count["buried"] += 1
-                ref = f"{self.count['buried']:012}"
-                what = self.log.spec.name, self.name, stored, reason, error[:MAX_ERROR_CHARS]
-                self.dead[ref] = DeadLetter(*what, attempts, now_ms, ref)
+                self.dead.bury(stored, reason, error, attempts, now_ms)
             case Park(key=key, stored=stored):
                 queue = part.parked.get(key)
                 if queue is None:

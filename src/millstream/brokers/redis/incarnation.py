@@ -4,10 +4,7 @@
                                         └─ no answer ─► repair: new link, the old one killed ─► arm, recover ─► armed
     ended: fenced, another life of the server (run_id), or closed; what was held is lost, or was handed back
 
-**Settling is fenced for nothing.** XACK ignores who owns an entry. Our fence key is deleted before anybody takes over what
-we hold, so the writer keeps a WATCH on it: the transaction that acks runs only while the fence was never touched. EXEC ends
-the WATCH, therefore each write ends with the next WATCH and a GET; armed is what the *answer* of that GET shows, and there
-is one MULTI per arm. In a model that leaves out the fence's deletion, consumers ack each other's work within seconds.
+**Settling** may only be done while the fence stands; `acks.py` says how that costs nothing.
 
 **Reading** may block, so it has a link of its own: an ack behind a blocked read would wait for it. A GET of the fence
 follows each read; what a fenced consumer still read is not run: it lies under a name without fence, which the sweep finds.
@@ -22,32 +19,31 @@ The hot path, claim and ack of a fresh event of 200 bytes, costs this process 2.
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from millstream.brokers.base import Claim, OtherOrder, Position, Stored, Subscription
+from millstream.brokers.redis.acks import MAX_ACKS, Acks
 from millstream.brokers.redis.claims import again, fault
 from millstream.brokers.redis.joining import confirm, join
-from millstream.brokers.redis.link import BLOCK_MARGIN_S, BLOCK_S, Answers, Link, ReplyError, pack
+from millstream.brokers.redis.link import BLOCK_MARGIN_S, BLOCK_S, Answers, Link, ReplyError, pack, vanished
 from millstream.brokers.redis.members import MAX_ITEMS, Members, Place
 from millstream.brokers.redis.scripts import scripts
-from millstream.errors import BrokerDown, BrokerError, BrokerRefused, LeaseLost, WireError
+from millstream.errors import BrokerDown, BrokerError, BrokerRefused, WireError
 from millstream.units import MAX_DEAD
 from millstream.wire import entry
 
 if TYPE_CHECKING:
     from millstream.brokers.redis.broker import RedisBroker
 
-MAX_ACKS = 1_000  # ids per XACK, and per call of a script: Lua cannot pass many more
 MAX_REPLY_BYTES = 8_388_608  # what one read should bring at most, by the largest event seen so far
 MAX_WAITING = 100_000  # waiting entries of a partition; above, nothing new is read, or an outage would pile all up here
 MAX_DUE_LOOKS = 64  # partitions whose first due time is asked for in one watch
 AUDIT_S = 60.0
 TRUST = 0.75  # of the lease: what was claimed is handed out while the last beat is younger
 
-_MULTI, _EXEC, _PING = pack("MULTI"), pack("EXEC"), pack("PING")
+_PING = pack("PING")
 _NEVER = float("inf")
 _WAIT = frozenset({"retry", "postpone", "release"})
 
@@ -71,7 +67,6 @@ class Incarnation:
         """When the first waiting entry of each partition is due, in the server's time."""
         self.full: list[int] = []
         """Partitions that had as many events as the last read asked of each, so they may have more."""
-        self.fenced = False
         self._broker = broker
         self._clock = clock
         self._subscription = subscription
@@ -80,10 +75,7 @@ class Incarnation:
         self._partition_of = {at.log: partition for partition, at in enumerate(place.at)}
         self._reader: Link | None = None
         self._writer: Link | None = None
-        self._rearm = pack("WATCH", self._fence) + pack("GET", self._fence)
-        self._arming = asyncio.Lock()
-        self._armed = False
-        self._scripted = False
+        self._acks = Acks(place, name, self._nonce, lambda: self.writer)
         self._reading: Answers | None = None
         self._blocked_until_ms = 0.0
         self._waiting = [0] * len(place.partitions)
@@ -95,6 +87,11 @@ class Incarnation:
         self._server_ms = 0.0
 
     # Its life.
+
+    @property
+    def fenced(self) -> bool:
+        """True when it has ended on the server, as far as we know."""
+        return self._acks.fenced
 
     @property
     def connected(self) -> bool:
@@ -120,7 +117,7 @@ class Incarnation:
         except OtherOrder:
             await self.leave()
             raise
-        await self._arm()
+        await self._acks.arm()
 
     async def join(self, start: str) -> None:
         """Make sure that the group exists on all partitions. Raises `GroupOwned`, `NotSupported`."""
@@ -132,8 +129,7 @@ class Incarnation:
             self._reader, self._reading = await self._replaced(self.reader, "reader"), None
         if self.writer.closed:
             self._writer = await self._replaced(self.writer, "writer")
-            async with self._arming:
-                await self._arm()
+            await self._acks.arm()
 
     async def leave(self, writer: Link | None = None) -> set[int]:
         """Hand back what is still pending under this name, and forget it; by another life's writer where ours is lost."""
@@ -182,7 +178,7 @@ class Incarnation:
             self.members.forget()
             raise
         if state != b"OK":
-            raise self._lost()
+            raise self._acks.lost()
         self._set_time(sent_at, answer[1])
         for partition, first in enumerate(answer[2::2]):
             self.due_ms[partition] = float(first) if first else _NEVER
@@ -249,9 +245,9 @@ class Incarnation:
         self._reading, self._blocked_until_ms = None, 0.0
         found, nonce = replies
         if isinstance(found, ReplyError):
-            raise self.reader.failure(_vanished(found), "XREADGROUP")
+            raise self.reader.failure(vanished(found), "XREADGROUP")
         if nonce != self._nonce:
-            raise self._lost()  # what came with it is not ours: it lies under a name without fence
+            raise self._acks.lost()  # what came with it is not ours: it lies under a name without fence
         self._claim(found or ())
 
     async def recover(self) -> None:
@@ -284,32 +280,7 @@ class Incarnation:
 
         One write, one transaction: costs the server no more than XACK alone.
         """
-        commands = [
-            pack("XACK", self.place.at[partition].log, self.place.group, *offsets[begin : begin + MAX_ACKS])
-            for partition, offsets in acks
-            for begin in range(0, len(offsets), MAX_ACKS)
-        ]
-        packed = b"".join([_MULTI, *commands, _EXEC, self._rearm])
-        async with self._arming:
-            if not (self._armed or self._scripted):
-                await self._arm()
-            while not self._scripted:
-                self._armed = False
-                replies = await self.writer.send(packed, len(commands) + 4)
-                *queued, done, _, nonce = replies
-                self._armed = nonce == self._nonce
-                self.fenced = self.fenced or not (self._armed or isinstance(nonce, ReplyError))
-                if isinstance(done, list):
-                    return self._count(done, acks)
-                if isinstance(done, ReplyError):
-                    if any(str(reply).startswith("OOM") for reply in queued if isinstance(reply, ReplyError)):
-                        break
-                    raise self.writer.failure(_first_error(queued, done), "XACK")
-                if isinstance(nonce, ReplyError):
-                    raise self.writer.failure(nonce, "GET")
-                if self.fenced:
-                    raise self._lost()
-        await self._acknowledge_by_script(acks)
+        self._miss(await self._acks.send(acks))
 
     async def finish(self, partition: int, items: Sequence[Item]) -> list[Any]:
         """Up to `MAX_ITEMS` verdicts of any kind; the answer to each as in `settle.lua`."""
@@ -319,7 +290,7 @@ class Incarnation:
         args = (self.place.group, self.name, self._nonce, partition, MAX_DEAD, *words)
         state, *results = await self.writer.run(scripts["settle"], keys, args)
         if state == b"FENCED":
-            raise self._lost()
+            raise self._acks.lost()
         if state == b"TYPE":
             raise BrokerRefused(f"the key {results[0].decode()!r} holds something that is not Millstream's")
         self._miss(results.count(0))
@@ -337,7 +308,7 @@ class Incarnation:
         keys = self.place.at[partition].note, self._fence
         for begin in range(0, len(offsets), MAX_ACKS):
             if await self.writer.run(scripts["mark"], keys, (self._nonce, *offsets[begin : begin + MAX_ACKS])) != b"OK":
-                raise self._lost()
+                raise self._acks.lost()
 
     # Below: how.
 
@@ -355,12 +326,6 @@ class Incarnation:
             raise BrokerDown("not connected")
         return self._reader
 
-    def _lost(self) -> LeaseLost:
-        self.fenced = True
-        return LeaseLost(
-            f"{self.name} is no member any more: it was silent for its lease, or this is another server now"
-        )
-
     def _set_time(self, sent_at: float, server_ms: int) -> None:
         self._beat_at, self._server_ms = sent_at, server_ms
         # The best guess: the answer took as long as the question.
@@ -370,7 +335,7 @@ class Incarnation:
         link = await self._broker.connect(f"{self.name}-{name}")
         try:
             if not link.run_id or link.run_id != old.run_id:
-                raise self._lost()
+                raise self._acks.lost()
             (killed,) = await link.calls([("CLIENT", "KILL", "ID", old.client_id)])
         except BaseException:
             link.close()
@@ -381,36 +346,10 @@ class Incarnation:
         self._unseen = True
         return link
 
-    async def _arm(self) -> None:
-        self._armed = False
-        watched, nonce = await self.writer.send(self._rearm, 2)
-        if isinstance(nonce, ReplyError):
-            raise self.writer.failure(nonce, "GET")
-        if nonce != self._nonce:
-            raise self._lost()
-        self._scripted = isinstance(watched, ReplyError)  # a proxy without WATCH
-        self._armed = not self._scripted
-
-    def _count(self, done: Sequence[Any], acks: Sequence[tuple[int, Sequence[str]]]) -> None:
-        for reply in done:
-            if isinstance(reply, ReplyError):
-                raise self.writer.failure(reply, "XACK")
-        self._miss(sum(len(offsets) for _, offsets in acks) - sum(done))
-
     def _miss(self, outcomes: int) -> None:
         # A group that was made again delivers what we hold anew, which counts as a repeat. Where the outcome came to the
         # server before that, and its answer to us after it, that delivery is nobody's: look for it.
         self._unseen |= outcomes > 0
-
-    async def _acknowledge_by_script(self, acks: Sequence[tuple[int, Sequence[str]]]) -> None:
-        for partition, offsets in acks:
-            keys = self.place.at[partition].log, self._fence
-            for begin in range(0, len(offsets), MAX_ACKS):
-                ids = offsets[begin : begin + MAX_ACKS]
-                state, *done = await self.writer.run(scripts["ack"], keys, (self.place.group, self._nonce, *ids))
-                if state != b"OK":
-                    raise self._lost()
-                self._miss(len(ids) - done[0])
 
     async def _answer(self, reading: Answers, block_ms: int) -> list[Any]:
         # The server ends blocked reads every 100 ms only, so what falls due meanwhile would be late: we end them.
@@ -480,7 +419,7 @@ class Incarnation:
             self._unseen = True  # it may have handed them out, and we do not know
             raise
         if state != b"OK":
-            raise self._lost()
+            raise self._acks.lost()
         first, _, *rows = answer
         held = self.held[partition]
         for id_, count, note, postponed, fields in rows:
@@ -489,12 +428,3 @@ class Incarnation:
                 self.surplus.append(again(partition, offset, count, note, postponed, fields))
             held[offset] = -count if note or postponed != b"0" else count
         return len(rows), float(first) if first else _NEVER
-
-
-def _vanished(reply: Exception) -> Exception:
-    # Redis 7.0 says UNBLOCKED when the stream or the group goes away under a blocked read, later ones say NOGROUP.
-    return ReplyError(f"NOGROUP {reply}") if str(reply).startswith("UNBLOCKED the stream") else reply
-
-
-def _first_error(replies: Sequence[Any], otherwise: Exception) -> Exception:
-    return next((reply for reply in replies if isinstance(reply, ReplyError)), otherwise)

@@ -415,6 +415,14 @@ def broker_error(reply: Exception, doing: str) -> BrokerError:
     return kind(f"{doing}: {meaning} ({text})")
 
 
+def vanished(reply: Exception) -> Exception:
+    """The error answer of a read of a group, as later servers give it.
+
+    Redis 7.0 says UNBLOCKED when the stream or the group goes away under a blocked read, later ones say NOGROUP.
+    """
+    return ReplyError(f"NOGROUP {reply}") if str(reply).startswith("UNBLOCKED the stream") else reply
+
+
 def _code(text: str) -> str:
     inside = _IN_SCRIPT.match(text)
     return inside[1] if inside else text.partition(" ")[0]

@@ -146,9 +146,8 @@ class SQLiteConsumer:
             logger.warning("group %s could not be left: %s", self._subscription.group, error)
 
     async def _take(self, limit: int) -> list[Claim]:
-        if (
-            self._me is None and not self._held and not self._closed
-        ):  # nothing lost that `keep` would have to tell first
+        # Not while something is held: it was lost, and `keep` has to tell it first.
+        if self._me is None and not self._held and not self._closed:
             await self._come_back()
         me = self._me
         if me is None:
