@@ -1,4 +1,4 @@
-# `make` lists the targets. Each makes what it needs: .venv from requirements.lock, and a Redis server for tests.
+# `make` lists the targets. Each makes what it needs: .venv from requirements.lock, and servers for tests: Redis, PostgreSQL.
 
 SHELL := /bin/bash
 VENV := .venv
@@ -8,7 +8,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint bench api lock redis clean
+.PHONY: help demo test lint bench api lock redis postgres clean
 
 help: ## list the targets
 	@echo "make TARGET [ARGS=\"…\"]"
@@ -17,7 +17,7 @@ help: ## list the targets
 demo: $(READY) ## watch real flight events flow; ARGS="--events 20000 --speed max -o json"
 	@$(BIN)/millstream demo $(ARGS)
 
-test: $(READY) redis ## run the tests; ARGS="-k house -x"
+test: $(READY) redis postgres ## run the tests; ARGS="-k house -x"
 	@$(BIN)/python -m pytest --numprocesses 4 --dist worksteal $(ARGS)
 
 lint: $(READY) ## check format, rules and types
@@ -41,6 +41,9 @@ clean: ## remove .venv and all caches
 
 redis: $(READY)
 	@scripts/redis.sh $(VENV)
+
+postgres:
+	@scripts/postgres.sh
 
 # The stamp is written last: a setup that was cut off is done again.
 $(READY): requirements.lock pyproject.toml scripts/setup.sh

@@ -30,6 +30,7 @@ POLL_S = 0.01
 MAX_STARTS = 5  # somebody else may take the free port between our looking and the server's binding
 
 _QUIET = {"save": "", "appendonly": "no", "bind": "127.0.0.1", "loglevel": "warning", "daemonize": "no"}
+_QUIET |= {"repl-diskless-sync-delay": "0"}  # a replica begins at once, and not when others may have come too
 
 # Becomes the server, after asking Linux (prctl, PR_SET_PDEATHSIG) to kill it when its parent dies. Not `preexec_fn`:
 # running Python between fork and exec can deadlock in a process that has threads.
@@ -82,6 +83,20 @@ class RedisServer:
                 return server
         raise AssertionError("unreachable: the last attempt returns or raises")
 
+    def replica(self, version: Version = "7", **config: str | int) -> Self:
+        """Start a replica of it, which has all that it has when this returns."""
+        replica = type(self).start(version, unix=False, dir=None, replicaof=f"127.0.0.1 {self.port}", **config)
+        try:
+            wait_until(
+                lambda: b"state=online" in ask(self.port, "INFO replication"),
+                START_S,
+                f"the server on port {replica.port} does not follow the one on {self.port}",
+            )
+        except BaseException:
+            replica.stop()
+            raise
+        return replica
+
     @classmethod
     def _prepared(cls, binary: str, unix: bool, dir: Path | str | None, config: dict[str, str | int]) -> Self:
         # A socket's path may have 108 bytes: pytest's tmp_path is often longer, a directory of mkdtemp is not.
@@ -92,7 +107,9 @@ class RedisServer:
         if path is not None:
             directives |= {"unixsocket": str(path), "unixsocketperm": "700"}
         directives |= {name.replace("_", "-"): str(value) for name, value in config.items()}
-        command = [binary, *(word for name, value in directives.items() for word in (f"--{name}", value))]
+        command = [binary]
+        for name, value in directives.items():
+            command += [f"--{name}", *(value.split() if name == "replicaof" else [value])]
         return cls(command, port=port, socket_path=path, directory=directory, owned=dir is None)
 
     @property
@@ -213,10 +230,15 @@ def free_port() -> int:
 
 def ping(port: int) -> bytes:
     """What the server on this port answers to PING; empty when it does not."""
+    return ask(port, "PING")
+
+
+def ask(port: int, command: str) -> bytes:
+    """The beginning of what the server on this port answers; empty when it does not."""
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
-            connection.sendall(b"PING\r\n")
-            return connection.recv(256)
+            connection.sendall(command.encode() + b"\r\n")
+            return connection.recv(4_096)
     except OSError:
         return b""
 

@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 
 from millstream.brokers.base import (
+    LATER,
     Claim,
     Consumer,
     Dead,
@@ -15,6 +16,7 @@ from millstream.brokers.base import (
     Later,
     Outcome,
     Output,
+    Policy,
     Position,
     Record,
     Settlement,
@@ -25,7 +27,7 @@ from millstream.brokers.base import (
 from millstream.brokers.ledger import HELD_MS
 from millstream.brokers.memory.broker import MemoryBroker
 from millstream.brokers.memory.letters import Letters
-from millstream.errors import BrokerRefused, NotSupported
+from millstream.errors import BrokerFull, BrokerRefused, NotSupported
 from millstream.settings import Settings
 from millstream.telemetry import Telemetry
 from millstream.testing.clock import VirtualClock
@@ -43,12 +45,12 @@ async def opened() -> tuple[MemoryBroker, VirtualClock]:
     return broker, clock
 
 
-async def joined(broker: MemoryBroker, group: str = "billing") -> Consumer:
-    return await broker.subscribe(Subscription(ORDERS, group, "shop", lease_s=LEASE_S))
+async def joined(broker: MemoryBroker, group: str = "billing", *, order: bool = False) -> Consumer:
+    return await broker.subscribe(Subscription(ORDERS, group, "shop", lease_s=LEASE_S, order=order))
 
 
-def record(partition: int = 0) -> Record:
-    return Record(partition, "id", "order.placed", b"{}")
+def record(partition: int = 0, id_: str = "id", due_ms: int | None = None) -> Record:
+    return Record(partition, id_, "order.placed", b"{}", due_ms=due_ms)
 
 
 def settlement(claim: Claim, outcome: Outcome | None = None) -> Settlement:
@@ -110,8 +112,6 @@ async def test_what_it_cannot_do_is_refused_before_anything_is_stored() -> None:
     consumer = await joined(broker)
     with pytest.raises(NotSupported, match="fsync"):
         await broker.append("orders", [record()], "fsync")
-    with pytest.raises(NotSupported, match="delay"):
-        await broker.append("orders", [record(), Record(0, "id", "t", b"", due_ms=1)])
     with pytest.raises(BrokerRefused, match="partitions"):
         await broker.append("orders", [record(), record(3)])
     with pytest.raises(BrokerRefused, match="nobody"):
@@ -204,6 +204,193 @@ async def test_who_was_found_silent_claims_nothing_before_it_was_told() -> None:
     assert len(await silent.fetch(1, 0)) == 1
 
 
+async def test_it_is_not_quiet_while_an_event_for_later_is_due_and_nobody_has_published_it() -> None:
+    broker, clock = await opened()
+    due_ms = clock.now_ms() + 60_000
+    await broker.append("orders", [record(due_ms=due_ms + 1), record(due_ms=due_ms)])
+    assert broker.quiet() and broker.next_due_ms() == due_ms
+    await clock.advance(60)
+    assert not broker.quiet()
+    assert (await broker.tend("orders")).published == 1
+    assert broker.quiet() and broker.next_due_ms() == due_ms + 1
+
+
+async def test_a_repeat_of_an_event_for_later_answers_where_it_lies_once_it_was_due() -> None:
+    broker, clock = await opened()
+    await broker.admin.apply("orders", Policy(dedupe_ms=60_000))
+    later = record(due_ms=clock.now_ms() + 1_000)
+    assert await broker.append("orders", [later, record(1)]) == [Position(0, LATER), Position(1, "1")]
+    await clock.advance(1)
+    await broker.tend("orders")
+    assert await broker.append("orders", [record(), later, record(1)]) == [*[Position(0, "1")] * 2, Position(1, "1")]
+
+
+async def test_an_event_that_falls_due_after_its_id_was_given_anew_is_not_taken_for_that_one() -> None:
+    broker, clock = await opened()
+    await broker.admin.apply("orders", Policy(dedupe_ms=1_000))
+    await broker.append("orders", [record(due_ms=clock.now_ms() + 2_000)])
+    await clock.advance(1.5)
+    answers = await broker.append("orders", [record()])
+    await clock.advance(0.5)
+    assert (await broker.tend("orders")).published == 1
+    assert await broker.append("orders", [record()]) == answers == [Position(0, "1")]
+
+
+async def test_an_append_for_which_there_is_no_room_stores_none_of_its_records() -> None:
+    broker, clock = await opened()
+    await broker.admin.apply("orders", Policy(dedupe_ms=1_000, dedupe_ids=2, ceiling_events=3, ceiling_bytes=8))
+    for many in ("abc", "abcd"):
+        with pytest.raises(BrokerFull, match=r"ids in partition 0, its limit is 2: wait until the oldest are 1,000 ms"):
+            await broker.append("orders", [record(id_=id_) for id_ in many])
+    await broker.append("orders", [record(id_=id_) for id_ in "abab"])
+    with pytest.raises(BrokerFull, match="ceiling of 3 events, and none of them may go yet"):
+        await broker.append("orders", [record(1, "c"), record(1, "d")])
+    later = record(1, "d", due_ms=clock.now_ms() + 5_000)
+    await broker.append("orders", [record(1, "c"), later])  # which needs no room before it is due
+    await broker.admin.apply("orders", Policy(ceiling_bytes=7))
+    with pytest.raises(BrokerFull, match="ceiling of 7 bytes"):
+        await broker.append("orders", [record()])
+    [info] = await broker.admin.streams()
+    assert (info.events, info.delayed, info.bytes) == (3, 1, 6)
+
+
+async def test_derived_outputs_need_no_ids_and_share_the_room_with_others() -> None:
+    broker, _ = await opened()
+    consumer = await joined(broker)
+    await broker.append("orders", [record()])
+    [claim] = await consumer.fetch(1, 0)
+    await broker.admin.apply("orders", Policy(dedupe_ms=1_000, dedupe_ids=1, ceiling_events=3))
+    derived, own = Output("orders", record(), derived=True), Output("orders", record(id_="own"))
+    with pytest.raises(BrokerFull, match="3 events"):
+        await consumer.settle([Settlement(claim.stored.position, Done(), [derived, own, derived])])
+    assert await consumer.settle([Settlement(claim.stored.position, Done(), [own, derived, own])]) == [True]
+    assert [stored.record.id for stored in await broker.read("orders", 0, None, 10)] == ["id", "own", "id"]
+
+
+async def test_each_partition_keeps_its_share_of_events_and_bytes() -> None:
+    broker, _ = await opened()
+    await broker.append("orders", [*(record(0) for _ in range(60)), *(record(1) for _ in range(30)), record(2)])
+    await broker.admin.apply("orders", Policy(events=31))
+    assert (await broker.tend("orders")).trimmed == 61
+    assert [len(await broker.read("orders", n, None, 99)) for n in range(3)] == [20, 10, 0]
+    await broker.admin.apply("orders", Policy(bytes=30))
+    assert (await broker.tend("orders")).trimmed == 15
+    assert [len(await broker.read("orders", n, None, 99)) for n in range(3)] == [10, 5, 0]
+    await broker.admin.apply("orders", Policy(age_ms=1))
+    assert (await broker.tend("orders")).trimmed == 0  # as old as that, and no older
+
+
+async def test_what_is_worked_on_while_it_goes_is_lost_when_it_would_have_to_come_again() -> None:
+    broker, clock = await opened()
+    consumer = await joined(broker)
+    await broker.append("orders", [record() for _ in range(4)])
+    first, second, third, _ = await consumer.fetch(4, 0)
+    await broker.admin.apply("orders", Policy(events=1, keep=False))
+    assert (await broker.tend("orders")).lost == {}
+    at_ms = clock.now_ms() + 1_000
+    await consumer.settle(
+        [settlement(first), settlement(second, Later(at_ms, "busy")), settlement(third, Dead("failed"))]
+    )
+    assert (await broker.tend("orders")).lost == {"billing": 1}
+    [letter] = await broker.admin.dead("orders", "billing")
+    assert await broker.admin.replay([letter]) == [True]
+    [again] = await consumer.fetch(4, 0)
+    assert await consumer.settle([settlement(again, Later(clock.now_ms(), "busy"))]) == [True]  # a copy is not lost
+    assert [claim.attempt for claim in await consumer.fetch(4, 0)] == [2]
+    events = [first.stored, second.stored]
+    assert await broker.admin.give("orders", "billing", events) == 0  # which are gone
+    [info] = await broker.admin.groups("orders")
+    assert (info.done, info.lost, info.pending) == (1, 1, 2)
+
+
+async def test_an_event_of_which_a_group_has_a_copy_keeps_nothing() -> None:
+    broker, _ = await opened()
+    consumer = await joined(broker)
+    await broker.append("orders", [record() for _ in range(4)])
+    first, second, *others = await consumer.fetch(4, 0)
+    await consumer.settle([settlement(first, Dead("failed")), *(settlement(claim) for claim in others)])
+    await broker.admin.replay(await broker.admin.dead("orders", "billing"))
+    await broker.admin.apply("orders", Policy(events=2))
+    tended = await broker.tend("orders")
+    assert (tended.trimmed, tended.pinned_by) == (1, "billing")  # by the second event
+    await broker.admin.apply("orders", Policy(events=2, keep=False))
+    assert (await broker.tend("orders")).trimmed == 1
+    await broker.admin.apply("orders", Policy(events=1))
+    tended = await broker.tend("orders")
+    assert (tended.trimmed, tended.pinned_by, tended.lost) == (1, "", {})
+    assert await consumer.settle([settlement(second)]) == [True]
+    assert [claim.stored for claim in await consumer.fetch(4, 0)] == [first.stored]
+
+
+async def test_what_the_owner_of_a_partition_had_read_is_lost_with_the_owner_and_counted_once() -> None:
+    broker, clock = await opened()
+    silent = await joined(broker, order=True)
+    await broker.append("orders", [record() for _ in range(6)])
+    claims = await silent.fetch(6, 0)
+    assert await silent.settle([settlement(claims[0]), settlement(claims[3])]) == [True, True]
+    await silent.keep()
+    await broker.append("orders", [record() for _ in range(6)])
+    await broker.admin.apply("orders", Policy(events=1, keep=False))
+    for expected in ({"billing": 5}, {}):
+        assert (await broker.tend("orders")).lost == expected
+    [info] = await broker.admin.groups("orders")
+    assert (info.lag, info.lost) == (6, 5)  # behind the mark: five that it has, and the last one
+    await clock.advance(LEASE_S)
+    living = await joined(broker, order=True)
+    [claim] = await living.fetch(6, 60)
+    assert (claim.stored.position, await living.settle([settlement(claim)])) == (Position(0, "12"), [True])
+    assert (await broker.tend("orders")).lost == {"billing": 4}
+    [info] = await broker.admin.groups("orders")
+    assert (info.lag, info.lost, info.done) == (0, 9, 3)
+
+
+async def test_a_group_fades_when_half_of_its_time_is_over() -> None:
+    broker, clock = await opened()
+    consumer = await joined(broker)
+    await broker.append("orders", [record(), record()])
+    await broker.admin.apply("orders", Policy(events=1, forget_ms=100_000))
+    await clock.advance(30)
+    await consumer.keep()
+    await consumer.close()
+    ends_ms = clock.now_ms() + 100_000
+    await clock.advance(49.999)
+    assert (await broker.tend("orders")).fading == {}
+    await clock.advance(0.001)
+    assert (await broker.tend("orders")).fading == {"billing": ends_ms}
+    await clock.advance(49.999)
+    tended = await broker.tend("orders")
+    assert (tended.trimmed, tended.pinned_by, tended.fading) == (0, "billing", {"billing": ends_ms})
+    await clock.advance(0.001)
+    tended = await broker.tend("orders")
+    assert (tended.trimmed, tended.lost, set(tended.forgotten)) == (1, {"billing": 1}, {"billing"})
+    assert (tended.pinned_by, tended.fading) == ("", {})
+    [info] = await broker.admin.groups("orders")
+    assert (info.lag, info.lost, info.seen_ms) == (1, 1, ends_ms - 100_000)
+
+
+@pytest.mark.parametrize("order", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("seed", range(15))
+async def test_whatever_goes_meanwhile_every_event_is_settled_or_lost_and_none_is_both(
+    seed: int, keep: bool, order: bool
+) -> None:
+    chaos = _Chaos(random.Random(seed), *await opened(), order=order)
+    await chaos.broker.admin.apply("orders", Policy(events=12, keep=keep, forget_ms=0))
+    told = 0
+    for _ in range(400):
+        await chaos.step()
+        if chaos.dice.random() < 0.1:
+            told += (await chaos.broker.tend("orders")).lost.get("billing", 0)
+    await chaos.finish()
+    tended = await chaos.broker.tend("orders")
+    [info] = await chaos.broker.admin.groups("orders")
+    assert info.lag == info.pending == info.scheduled == 0
+    assert (info.done, info.dead) == (chaos.settled["Done"], chaos.settled["Dead"])
+    assert set(chaos.ended.values()) <= {0, 1}
+    assert info.lost == told + tended.lost.get("billing", 0) == len(chaos.published) - chaos.ended.total()
+    assert (info.lost == 0) == keep
+
+
 @pytest.mark.parametrize("seed", range(40))
 async def test_whatever_happens_every_event_is_settled_once_by_whoever_holds_it(seed: int) -> None:
     """Consumers come, crash, stand still and go at random; at the end all numbers add up, and nothing is lost."""
@@ -218,8 +405,8 @@ async def test_whatever_happens_every_event_is_settled_once_by_whoever_holds_it(
 
 
 class _Chaos:
-    def __init__(self, dice: random.Random, broker: MemoryBroker, clock: VirtualClock) -> None:
-        self.dice, self.broker, self.clock = dice, broker, clock
+    def __init__(self, dice: random.Random, broker: MemoryBroker, clock: VirtualClock, *, order: bool = False) -> None:
+        self.dice, self.broker, self.clock, self.order = dice, broker, clock, order
         self.published: list[Position] = []
         self.held: dict[Consumer, list[Claim]] = {}
         self.silent: set[Consumer] = set()
@@ -231,10 +418,10 @@ class _Chaos:
         consumer = self.dice.choice([*self.held, None, None])
         match self.dice.randrange(8):
             case 0 if len(self.held) < 5:
-                self.held[await joined(self.broker)] = []
+                self.held[await joined(self.broker, order=self.order)] = []
             case 1:
                 self.published += await self.broker.append("orders", [record(self.dice.randrange(3))])
-            case 2 if consumer:
+            case 2 if consumer and not self.order:  # who falls silent in order may repeat what it settled last
                 self.silent ^= {consumer}
             case 3 if consumer and self.dice.random() < 0.3:
                 del self.held[consumer]
@@ -272,8 +459,12 @@ class _Chaos:
             self.held[consumer] = [claim for claim in self.held[consumer] if claim.stored.position not in lost]
 
     async def finish(self) -> None:
+        if self.order:
+            for consumer in self.held:
+                await consumer.close()
+            self.held.clear()
         self.silent = set(self.held)
-        last = await joined(self.broker)
+        last = await joined(self.broker, order=self.order)
         self.held[last] = []
         for _ in range(60):
             await self.pass_time()

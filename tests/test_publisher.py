@@ -9,7 +9,18 @@ from typing import Any
 
 import pytest
 
-from millstream import App, BadEvent, Envelope, Event, MillstreamError, Stream, TooLarge, Unconfirmed, Unroutable
+from millstream import (
+    App,
+    BadEvent,
+    Envelope,
+    Event,
+    MillstreamError,
+    Settings,
+    Stream,
+    TooLarge,
+    Unconfirmed,
+    Unroutable,
+)
 from millstream.brokers.base import Confirm, Position, Record
 from millstream.brokers.memory.broker import MemoryBroker
 from millstream.errors import BrokerDown, BrokerFull, BrokerRefused
@@ -53,8 +64,8 @@ class Counted(MemoryBroker):
 
 
 @asynccontextmanager
-async def opened() -> AsyncIterator[tuple[App, Counted]]:
-    app = App("shop", streams=[orders, returns])
+async def opened(**settings: Any) -> AsyncIterator[tuple[App, Counted]]:
+    app = App("shop", streams=[orders, returns], settings=Settings(**settings))
     broker = Counted(app)
     async with app.opened(broker=broker):
         yield app, broker
@@ -138,7 +149,7 @@ async def test_a_stream_that_the_app_does_not_know_is_declared_when_it_is_first_
 
 @pytest.mark.parametrize("error", [BrokerDown("away"), BrokerFull("no room"), BrokerRefused("no")])
 async def test_an_error_of_the_broker_reaches_every_publisher_of_that_write(error: Exception) -> None:
-    async with opened() as (app, broker):
+    async with opened(publish_patience=0) as (app, broker):
         broker.gate = asyncio.Event()
         first = asyncio.ensure_future(app.publish(Placed()))
         await asyncio.sleep(0.01)
@@ -165,7 +176,7 @@ async def test_unconfirmed_carries_what_to_publish_again_with_the_same_id_and_pl
 
 
 async def test_each_publisher_of_a_write_in_doubt_learns_what_became_of_its_own_event() -> None:
-    async with opened() as (app, broker):
+    async with opened(publish_patience=0) as (app, broker):
         broker.gate = asyncio.Event()
         first = asyncio.ensure_future(app.publish(Placed()))
         await asyncio.sleep(0.01)
@@ -274,7 +285,7 @@ async def test_publish_many_tells_what_is_stored_what_is_in_doubt_and_where_it_s
 
 
 async def test_publish_many_on_a_full_broker_carries_what_was_not_stored() -> None:
-    async with opened() as (app, broker):
+    async with opened(publish_patience=0) as (app, broker):
         broker.errors = [BrokerFull("no room")]
         with pytest.raises(Unconfirmed, match="none of these was stored") as caught:
             await app.publish_many([Placed(note="1"), Placed(note="2")])

@@ -21,6 +21,7 @@ def test_without_anything_the_defaults_hold() -> None:
     assert settings == Settings()
     assert (settings.lease_s, settings.grace_s, settings.concurrency, settings.threads) == (10, 25, 64, 16)
     assert (settings.max_in_flight, settings.namespace) == (None, "")
+    assert (settings.publish_patience_s, settings.max_buffered) == (2, 100_000)
 
 
 def test_the_environment_comes_before_the_defaults() -> None:
@@ -29,11 +30,21 @@ def test_the_environment_comes_before_the_defaults() -> None:
         "MILLSTREAM_CONCURRENCY": "8",
         "MILLSTREAM_MAX_IN_FLIGHT": "100",
         "MILLSTREAM_MAX_PARKED": "50",
+        "MILLSTREAM_PUBLISH_PATIENCE": "5s",
+        "MILLSTREAM_MAX_BUFFERED": "500",
         "MILLSTREAM_NAMESPACE": "prod",
         "MILLSTREAM_SOMETHING_ELSE": "ignored",
         "CONCURRENCY": "9",
     }
-    expected = Settings(lease="2s", concurrency=8, max_in_flight=100, max_parked=50, namespace="prod")
+    expected = Settings(
+        lease="2s",
+        concurrency=8,
+        max_in_flight=100,
+        max_parked=50,
+        publish_patience="5s",
+        max_buffered=500,
+        namespace="prod",
+    )
     assert Settings.load(environment) == expected
 
 
@@ -70,6 +81,9 @@ def test_a_variable_that_is_no_number_is_named() -> None:
         {"threads": 1_001},
         {"max_in_flight": 0},
         {"max_parked": 0},
+        {"publish_patience": -1},
+        {"publish_patience": "2h"},
+        {"max_buffered": 0},
         {"namespace": "a:b"},
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from millstream.errors import BadEvent, BadSetting, BadStream
 from millstream.event import Event, event
-from millstream.stream import Position, Stream
+from millstream.stream import Dedupe, Position, Retention, Stream
 from millstream.units import MAX_PARTITIONS
 
 
@@ -99,6 +100,70 @@ def test_other_unusable_declarations_are_refused() -> None:
         Stream("orders", Placed, others="keep")  # type: ignore[arg-type]
     with pytest.raises(BadSetting, match="stream"):
         Stream("or/ders", Placed)
+
+
+def test_dedupe_is_a_window_or_a_window_and_a_number_of_ids() -> None:
+    assert Stream("orders", Placed).dedupe is None
+    assert Stream("orders", Placed, dedupe="10m").dedupe == Dedupe("10m", ids=1_000_000)
+    assert Stream("orders", Placed, dedupe=Dedupe(timedelta(hours=1), ids=5)).dedupe == Dedupe(timedelta(hours=1), 5)
+
+
+@pytest.mark.parametrize(
+    ("window", "ids", "words"),
+    [
+        (
+            "25h",
+            1,
+            "up to 24h. What must be told apart for longer belongs into your database: see millstream.sql.inbox",
+        ),
+        (0, 1, "more than 0, up to 24h"),
+        ("soon", 1, "'soon' is not a duration"),
+        ("1m", 0, "from 1 to 10,000,000 per partition"),
+        ("1m", 10_000_001, "from 1 to 10,000,000 per partition"),
+        ("1m", 1.5, "from 1 to 10,000,000 per partition"),
+    ],
+)
+def test_an_unusable_window_or_number_of_ids_is_refused(window: Any, ids: Any, words: str) -> None:
+    with pytest.raises(BadSetting, match=words):
+        Dedupe(window, ids)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, r"Retention\(\) keeps everything: say age=, events= or bytes="),
+        ({"age": "500ms"}, "at least 1s"),
+        ({"age": "a week"}, "is not a duration"),
+        ({"events": 0}, "a whole number, at least 1"),
+        ({"events": 1e6}, "a whole number, at least 1"),
+        ({"bytes": 0}, "at least 1 byte"),
+        ({"bytes": "2 gigs"}, "is not a size"),
+        ({"age": "1d", "unread": "trim"}, "'keep' or 'drop'"),
+        ({"age": "1d", "forget": "10s"}, "at least 1m, or 'never'"),
+        ({"ceiling": True}, "a number of events, or a size such as '2GB'"),
+        ({"ceiling": 0}, "a number of events, or a size such as '2GB'"),
+        ({"ceiling": "2 gigs"}, "is not a size"),
+        ({"events": 10, "ceiling": 20, "unread": "drop"}, "is for unread='keep'"),
+        ({"events": 10, "ceiling": 5}, "is below events=10"),
+        ({"bytes": "1GB", "ceiling": "1MB"}, "is below bytes='1GB'"),
+    ],
+)
+def test_an_unusable_retention_is_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(BadSetting, match=words):
+        Retention(**options)
+
+
+def test_retention_in_the_units_of_a_policy() -> None:
+    assert (Retention(age="1d").forget_ms, Retention(age="1d", forget="never").forget_ms) == (7 * 86_400_000, 0)
+    assert (Retention(ceiling=5).ceiling_events, Retention(ceiling=5).ceiling_bytes) == (5, 0)
+    assert (Retention(ceiling="1KB").ceiling_events, Retention(ceiling="1KB").ceiling_bytes) == (0, 1_024)
+
+
+def test_retention_and_confirm_are_checked_when_the_stream_is_declared() -> None:
+    with pytest.raises(BadStream, match=r"retention='7d'; write Retention\(age='7d'\)"):
+        Stream("orders", Placed, retention="7d")  # type: ignore[arg-type]
+    with pytest.raises(BadStream, match="confirm='disk' must be 'memory', 'fsync' or 'replicated'"):
+        Stream("orders", Placed, confirm="disk")  # type: ignore[arg-type]
 
 
 @given(st.integers(min_value=0, max_value=MAX_PARTITIONS), st.text(min_size=1))

@@ -51,8 +51,12 @@ if TYPE_CHECKING:
     from millstream.retry import Batch as Batch
     from millstream.retry import Retry as Retry
     from millstream.settings import Settings as Settings
+    from millstream.stream import Dedupe as Dedupe
     from millstream.stream import Position as Position
+    from millstream.stream import Retention as Retention
     from millstream.stream import Stream as Stream
+    from millstream.worker.schedule import every as every
+    from millstream.worker.schedule import schedule as schedule
 
 __version__ = "0.1.0"
 
@@ -68,7 +72,8 @@ _HOMES = {
     "handlers.subscriber": "Call Handle Middleware",
     "retry": "Batch Retry",
     "settings": "Settings",
-    "stream": "Position Stream",
+    "stream": "Dedupe Position Retention Stream",
+    "worker.schedule": "every schedule",
 }
 _MODULES = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names.split()}
 
@@ -79,12 +84,16 @@ __all__ = [
     "Event",
     "event",
     "Stream",
+    "Retention",
+    "Dedupe",
     "Position",
     "Envelope",
     "Delivery",
     "Depends",
     "Retry",
     "Batch",
+    "schedule",
+    "every",
     "Settings",
     "Call",
     "Handle",

@@ -7,32 +7,30 @@ import os
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
-from millstream.brokers.base import Broker, Start, Stored
+from millstream.blocking import Blocking
+from millstream.brokers.base import Broker, Confirm, Subscription
 from millstream.brokers.urls import broker_for, mask
 from millstream.clock import Clock
 from millstream.delivery import Envelope
-from millstream.errors import BadSetting, MillstreamError, WireError
+from millstream.errors import BadSetting, MillstreamError
 from millstream.handlers.depends import Replacements
 from millstream.handlers.router import Part, Router
 from millstream.handlers.subscriber import Group, Middleware, Subscriber, groups
-from millstream.publisher import Publisher, spec_of
+from millstream.publisher import Client, Publisher, delayed, spec_of, start_at
 from millstream.retry import Retry
 from millstream.settings import Settings
 from millstream.stream import Position, Stream
 from millstream.telemetry import Telemetry, logger
-from millstream.units import Duration, check_name, seconds
-from millstream.wire import codec
+from millstream.units import Duration, check_name
 from millstream.worker.process import Process, working
+from millstream.worker.schedule import schedules
 from millstream.worker.supervisor import Supervisor, catching, is_child, when_orphaned
 
 E = TypeVar("E")
-
-_PAGE = 500  # events that `read` fetches at once
-_WAIT_S = 5.0
 
 
 class App(Router):
@@ -63,8 +61,13 @@ class App(Router):
         self._url = broker
         self._streams = tuple(streams)
         self._lifespan = lifespan
-        self._opened: _Opened | None = None
+        self._opened: Client | None = None
         self._entered: list[AbstractAsyncContextManager[Any]] = []
+        self._blocking = Blocking(
+            lambda: self._client(None, Clock(), self.settings),  # a clock of its own: two threads may not share ids
+            lambda: self._opened if self._opened is not None and self._opened.answers else None,
+            _loop_factory,
+        )
         self.include(*include)
 
     @property
@@ -116,37 +119,83 @@ class App(Router):
 
     # Two shapes each: without `to`, mypy takes an Envelope for one of nothing.
     @overload
-    async def publish(self, event: Envelope[Any], *, to: None = None) -> Position: ...
+    async def publish(self, event: Envelope[Any], *, to: None = None, confirm: Confirm | None = None) -> Position: ...
     @overload
-    async def publish(self, event: E | Envelope[E], *, to: Stream[E] | None = None) -> Position: ...
-    async def publish(self, event: Any, *, to: Stream[Any] | None = None) -> Position:
+    async def publish(
+        self, event: E | Envelope[E], *, to: Stream[E] | None = None, confirm: Confirm | None = None
+    ) -> Position: ...
+    async def publish(self, event: Any, *, to: Stream[Any] | None = None, confirm: Confirm | None = None) -> Position:
         """Store an event and return its position.
 
-        On return it survives a crash of this process and, at the stream's confirmation level, of the server. Raises
-        `Unconfirmed` when it may or may not be stored: publish `Unconfirmed.envelopes` again, they keep their ids.
-        Cancelling has the same effect. Other errors mean that it is not stored. `to` may be left out while exactly one
-        known stream carries the type. Calls that are made at the same time leave as one write.
+        On return it survives a crash of this process and, at the stream's confirmation level or `confirm`, of the server.
+        Raises `Unconfirmed` when it may or may not be stored: publish `Unconfirmed.envelopes` again, they keep their ids;
+        on a stream with dedupe that is safe until `retry_until`. Cancelling has the same effect. Other errors mean that it
+        is not stored. While nothing was stored, or a repeat is safe, it is tried again for `Settings.publish_patience`.
+
+        `to` may be left out while exactly one known stream carries the type. Calls that are made at the same time leave as
+        one write. An envelope with `due` is published then; until then its position has the offset `later`.
         """
-        return await self._open().publisher.publish(event, to)
+        return await self._open().publish(event, to=to, confirm=confirm)
+
+    @overload
+    async def publish_at(
+        self, event: Envelope[Any], when: datetime | Duration, *, to: None = None, confirm: Confirm | None = None
+    ) -> None: ...
+    @overload
+    async def publish_at(
+        self,
+        event: E | Envelope[E],
+        when: datetime | Duration,
+        *,
+        to: Stream[E] | None = None,
+        confirm: Confirm | None = None,
+    ) -> None: ...
+    async def publish_at(
+        self,
+        event: Any,
+        when: datetime | Duration,
+        *,
+        to: Stream[Any] | None = None,
+        confirm: Confirm | None = None,
+    ) -> None:
+        """Publish an event at a time, or after a while: it is stored now, and nobody sees it before.
+
+        It takes its place in the stream when it is due, a moment late at most while a worker of any app on the stream runs.
+        Raises as `publish`; `BadEvent` for a time that is past, without a zone, or over a year ahead.
+        """
+        await self._open().publish(delayed(event, when), to=to, confirm=confirm)
 
     @overload
     async def publish_many(
-        self, events: Iterable[Envelope[Any]] | AsyncIterable[Envelope[Any]], *, to: None = None
+        self,
+        events: Iterable[Envelope[Any]] | AsyncIterable[Envelope[Any]],
+        *,
+        to: None = None,
+        confirm: Confirm | None = None,
     ) -> list[Position]: ...
     @overload
     async def publish_many(
-        self, events: Iterable[E | Envelope[E]] | AsyncIterable[E | Envelope[E]], *, to: Stream[E] | None = None
+        self,
+        events: Iterable[E | Envelope[E]] | AsyncIterable[E | Envelope[E]],
+        *,
+        to: Stream[E] | None = None,
+        confirm: Confirm | None = None,
     ) -> list[Position]: ...
     async def publish_many(
-        self, events: Iterable[Any] | AsyncIterable[Any], *, to: Stream[Any] | None = None
+        self,
+        events: Iterable[Any] | AsyncIterable[Any],
+        *,
+        to: Stream[Any] | None = None,
+        confirm: Confirm | None = None,
     ) -> list[Position]:
         """Store many events in their order, in writes of up to 1,000, and return their positions.
 
         Not all or nothing: it stops at the first write that fails with `Unconfirmed`, whose `envelopes` are what to
         publish again and whose `results` are the positions stored until then; what follows in the iterable has not been
         looked at. An event that cannot be published raises what `publish` would, with a note that says how many are stored.
+        Each write is tried again as `publish` tries.
         """
-        return await self._open().publisher.publish_many(events, to)
+        return await self._open().publish_many(events, to=to, confirm=confirm)
 
     async def read(
         self, stream: Stream[E], *, since: datetime | Duration | None = None, follow: bool = False
@@ -156,21 +205,17 @@ class App(Router):
         In the order of each partition, one partition after the other; `follow` goes on with what comes. `since` is a time,
         or how long ago. Entries that are no events, and types that the stream does not name, are passed over.
         """
-        broker = self._open().broker
-        await broker.declare(spec_of(stream))
-        decoders = {name: codec.decoder(cls) for name, cls in stream.types.items()}
-        places = dict(await broker.locate(stream.name, _start(since, self.clock)))
-        while True:
-            for partition, place in places.items():
-                while page := await broker.read(stream.name, partition, place, _PAGE):
-                    for stored in page:
-                        envelope = _envelope(stored, decoders)
-                        if envelope is not None:
-                            yield envelope
-                    place = places[partition] = page[-1].position
-            if not follow:
-                return
-            await broker.wait(stream.name, places, _WAIT_S)
+        async for page in self._open().pages(stream, since, follow):
+            for envelope in page:
+                yield envelope
+
+    def blocking(self) -> Blocking:
+        """The same verbs for threads, for programs without an event loop: Django, Flask, scripts.
+
+        `app.blocking().publish(event)` in any thread; or `with app.blocking() as client:` to connect and disconnect. Always
+        the same object, whose one thread serves all threads of the process.
+        """
+        return self._blocking
 
     @asynccontextmanager
     async def worker(self, *, only: Collection[str] = ()) -> AsyncIterator[None]:
@@ -204,17 +249,40 @@ class App(Router):
         if self._opened is not None:
             yield
             return
-        clock = clock or self.clock
-        broker = broker or broker_for(self.url, self.settings, clock, self.telemetry)
+        # In a time that a test moves, nobody would move it while something is published: it is tried once.
+        settings = self.settings if clock is None else replace(self.settings, publish_patience=0)
         try:
-            await broker.open()
-            publisher = Publisher(broker, self.all_streams().values(), source=self.name, clock=clock)
-            async with _unwrapped(), publisher.running():
-                self._opened = _Opened(broker, publisher, clock)
+            async with self._client(broker, clock or self.clock, settings) as self._opened:
                 yield
         finally:
             self._opened = None
+
+    @asynccontextmanager
+    async def _client(self, broker: Broker | None, clock: Clock, settings: Settings) -> AsyncIterator[Client]:
+        broker = broker or broker_for(self.url, self.settings, clock, self.telemetry)
+        streams = self.all_streams().values()
+        publisher = Publisher(
+            broker, streams, source=self.name, settings=settings, clock=clock, telemetry=self.telemetry
+        )
+        try:
+            await broker.open()
+            async with _unwrapped(), publisher.running():
+                await self._make_groups(broker, publisher, clock)
+                yield Client(broker, publisher, clock, self.telemetry)
+        finally:
             await broker.close()
+
+    async def _make_groups(self, broker: Broker, publisher: Publisher, clock: Clock) -> None:
+        """Our groups exist before anything that they have not seen may be trimmed."""
+        bounded = {
+            name for name, policy in publisher.policies.items() if policy.age_ms or policy.events or policy.bytes
+        }
+        for group in self.groups() if bounded else []:
+            if group.stream.name in bounded:
+                start, ordered = start_at(group.start, clock), group.order == "key"
+                await broker.create(
+                    Subscription(spec_of(group.stream), group.name, self.name, start, self.settings.lease_s, ordered)
+                )
 
     async def _serve(self, only: Collection[str]) -> bool:
         stopping = asyncio.Event()
@@ -239,12 +307,13 @@ class App(Router):
         self, only: Collection[str] = (), replacements: Replacements | None = None
     ) -> AsyncIterator[Process]:
         chosen = self._chosen(only)
+        schedules(self.parts())  # raises where two of them have one name
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.opened())
             opened = self._open()
             if self._lifespan is not None:
                 await stack.enter_async_context(self._lifespan(self))
-            await stack.enter_async_context(self.running(self))
+            await stack.enter_async_context(self.running(opened))
             await stack.enter_async_context(_unwrapped())
             process = await stack.enter_async_context(
                 working(
@@ -270,21 +339,12 @@ class App(Router):
             raise BadSetting(f"this app has no group {', '.join(sorted(unknown))}; it has {known}")
         return [group for group in every if not only or group.name in only]
 
-    def _open(self) -> _Opened:
+    def _open(self) -> Client:
         if self._opened is None:
             raise MillstreamError(
                 f"app {self.name!r} is not open: use it inside `async with app:` or `async with app.worker():`"
             )
         return self._opened
-
-
-class _Opened:
-    """What an open app has."""
-
-    def __init__(self, broker: Broker, publisher: Publisher, clock: Clock) -> None:
-        self.broker = broker
-        self.publisher = publisher
-        self.clock = clock
 
 
 @asynccontextmanager
@@ -305,29 +365,6 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
             yield from _leaves(inner)
     else:
         yield error
-
-
-def _envelope(stored: Stored, decoders: dict[str, Callable[[bytes], Any]]) -> Envelope[Any] | None:
-    record = stored.record
-    decode = decoders.get(record.type)
-    if decode is None:
-        return None
-    try:
-        envelope: Envelope[Any] = Envelope(decode(record.data), id=record.id, key=record.key)
-    except WireError:
-        return None
-    envelope.type, envelope.source, envelope.time_ms = record.type, record.source, record.time_ms
-    envelope._headers = record.headers
-    return envelope
-
-
-def _start(since: datetime | Duration | None, clock: Clock) -> Start:
-    if since is None:
-        return "beginning"
-    if isinstance(since, datetime):
-        return int(since.timestamp() * 1000)
-    ago = since.total_seconds() if isinstance(since, timedelta) else seconds(since)
-    return clock.now_ms() - int(ago * 1000)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

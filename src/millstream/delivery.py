@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, Generic, overload
 
 import msgspec
 
+from millstream.errors import BadEvent
 from millstream.stream import Position, Stream
+from millstream.units import Duration, seconds
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar
@@ -28,10 +30,12 @@ class Envelope(Generic[E_co]):
     """An event and what travels with it.
 
     To publish, give what should not be the default: an `id` of your own (1–64 printable ASCII characters), a `key` in
-    place of the stream's, `headers` (text to text). Reading a stream yields envelopes with everything filled in.
+    place of the stream's, `headers` (text to text), and for an event that nobody shall see yet when it is `due`: a time with
+    its zone, or how long after publishing. Reading a stream yields envelopes with everything filled in; their `due` is None.
+    Raises `BadEvent` for a time without a zone.
     """
 
-    __slots__ = ("_headers", "event", "id", "key", "source", "time_ms", "type")
+    __slots__ = ("_headers", "due", "event", "id", "key", "source", "time_ms", "type")
 
     def __init__(
         self,
@@ -40,8 +44,11 @@ class Envelope(Generic[E_co]):
         id: str | None = None,
         key: str | None = None,
         headers: Mapping[str, str] | None = None,
+        due: datetime | Duration | None = None,
     ) -> None:
         self.event = event
+        self.due = _checked_due(due)
+        """When it is to be published; None: at once."""
         self.id = id or ""
         """Unique; empty until Millstream has given one."""
         self.key = key
@@ -91,6 +98,7 @@ class Delivery(Envelope[E_co]):
         token: int = 0,
     ) -> None:
         self.event = event
+        self.due = None
         self.id = id
         self.key = key
         self.type = type
@@ -125,6 +133,17 @@ class Delivery(Envelope[E_co]):
         Stored only when the handler ends well. Raises `Unroutable` or `TooLarge` at once.
         """
         self.staged.append(self._stage(self, event, to))
+
+
+def _checked_due(due: datetime | Duration | None) -> datetime | Duration | None:
+    if isinstance(due, datetime):
+        if due.utcoffset() is None:
+            raise BadEvent(
+                f"due={due} has no time zone: write datetime(…, tzinfo=UTC), or due.astimezone() for local time"
+            )
+    elif due is not None:
+        seconds(due)
+    return due
 
 
 def _readable(headers: bytes) -> Mapping[str, str]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from datetime import timedelta
+    from datetime import datetime, timedelta
 
 
 class MillstreamError(Exception):
@@ -67,15 +67,24 @@ class Unconfirmed(PublishError):
     """Events may or may not be stored: the connection ended before the answer.
 
     `envelopes` are what to publish again (their ids are kept, so that the repeats can be told). `results` says for each
-    record of the call what is known: its position, the error that refused it, or None where nothing is known.
+    record of the call what is known: its position, the error that refused it, or None where nothing is known. Until
+    `retry_until` (UTC) the stream tells a repeat from a second event; None where it has no dedupe.
     """
 
     retryable = True
 
-    def __init__(self, message: str, *, envelopes: Sequence[Any] = (), results: Sequence[Any] = ()) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        envelopes: Sequence[Any] = (),
+        results: Sequence[Any] = (),
+        retry_until: datetime | None = None,
+    ) -> None:
         super().__init__(message)
         self.envelopes = envelopes
         self.results = results
+        self.retry_until = retry_until
 
 
 class WireError(MillstreamError):

@@ -30,6 +30,10 @@ class Settings:
     """Events of one group that a process may hold, fetched and not settled. Default: 2 x concurrency x batch size."""
     max_parked: int = MAX_PARKED
     """Events of one ordered group that may wait with their keys; past it, their partitions wait too."""
+    publish_patience: Duration = "2s"
+    """How long publishing goes on trying when nothing was stored, or when the stream tells a repeat; 0: it tries once."""
+    max_buffered: int = 100_000
+    """Events of one stream that may wait to be written; past it, publishing waits its turn."""
     namespace: str = ""
     """Put before every key or table entry, so that several deployments share a server."""
 
@@ -47,6 +51,7 @@ class Settings:
         seconds(self.grace)
         if self.namespace:
             check_name("namespace", self.namespace)
+        self._check_publishing()
 
     @property
     def lease_s(self) -> float:
@@ -57,6 +62,11 @@ class Settings:
     def grace_s(self) -> float:
         """The grace, in seconds."""
         return seconds(self.grace)
+
+    @property
+    def publish_patience_s(self) -> float:
+        """The patience of publishing, in seconds."""
+        return seconds(self.publish_patience)
 
     @classmethod
     def load(cls, environment: Mapping[str, str] | None = None, **given: Any) -> Settings:
@@ -79,3 +89,9 @@ class Settings:
             except BadSetting as error:
                 raise BadSetting(f"{variable}: {error}") from None
         return cls(**values)
+
+    def _check_publishing(self) -> None:
+        if not seconds(self.publish_patience) <= 3_600:
+            raise BadSetting(f"publish_patience={self.publish_patience!r}: from 0 to 1h")
+        if not 1 <= self.max_buffered <= 100_000_000:
+            raise BadSetting(f"max_buffered={self.max_buffered!r}: from 1 to 100,000,000")

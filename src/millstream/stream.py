@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 from uuid import UUID
 
 from msgspec import Struct
 
-from millstream.errors import BadEvent, BadStream
+from millstream.errors import BadEvent, BadSetting, BadStream
 from millstream.event import field_names, members, type_of
-from millstream.units import MAX_PARTITIONS, check_name
+from millstream.units import (
+    MAX_DEDUPE_IDS,
+    MAX_DEDUPE_S,
+    MAX_PARTITIONS,
+    Duration,
+    Size,
+    check_name,
+    seconds,
+    size_bytes,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import TypeForm
@@ -18,6 +28,8 @@ if TYPE_CHECKING:
 E = TypeVar("E")  # invariant on purpose: publish(to=stream) then checks the event
 
 Key = str | int | UUID
+
+NEVER = "never"
 
 DEFAULT_KEYED_PARTITIONS = 8  # enough for eight workers; growing later is a migration
 
@@ -40,14 +52,101 @@ class Position(Struct, frozen=True, gc=False):
         return cls(int(partition), offset)
 
 
+@dataclass(frozen=True)
+class Dedupe:
+    """How long a stream remembers the ids of its events: one that is published again within this time is not stored again.
+
+    At most `ids` are remembered in each partition, at about 120 bytes each; past that, publishing is refused with
+    `BrokerFull`, so make it what a partition gets within the window. Ids are compared within a partition: of events with a
+    key, within the events of that key's partition. Raises `BadSetting`.
+    """
+
+    window: Duration
+    ids: int = 1_000_000
+
+    def __post_init__(self) -> None:
+        if not 0 < seconds(self.window) <= MAX_DEDUPE_S:
+            raise BadSetting(
+                f"dedupe={self.window!r}: more than 0, up to {MAX_DEDUPE_S / 3600:.0f}h. What must be told apart for longer "
+                "belongs into your database: see millstream.sql.inbox"
+            )
+        if not isinstance(self.ids, int) or not 1 <= self.ids <= MAX_DEDUPE_IDS:
+            raise BadSetting(f"Dedupe(ids={self.ids!r}): from 1 to {MAX_DEDUPE_IDS:,} per partition")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retention:
+    """What a stream keeps: events not older than `age`, at most `events` of them, at most `bytes`; whichever is less.
+
+    With `unread="keep"`, an event stays for as long as a group has not settled it, or has a dead letter that needs it to be
+    replayed. A group without a living member for longer than `forget` keeps nothing any more ("never": it does). When that
+    lets the stream grow to its `ceiling`, a number of events or a size such as "2GB", publishing to it is refused with
+    `BrokerFull`; an alarm comes before. With `unread="drop"`, what is too old or too much goes, and what a group had not
+    settled is counted as lost. Raises `BadSetting`.
+    """
+
+    age: Duration | None = None
+    events: int | None = None
+    bytes: Size | None = None
+    unread: Literal["keep", "drop"] = "keep"
+    forget: Duration = "7d"
+    ceiling: int | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.age is None and self.events is None and self.bytes is None and self.ceiling is None:
+            raise BadSetting("Retention() keeps everything: say age=, events= or bytes=")
+        if self.age is not None and seconds(self.age) < 1:
+            raise BadSetting(f"Retention(age={self.age!r}): at least 1s")
+        if self.events is not None and (not isinstance(self.events, int) or self.events < 1):
+            raise BadSetting(f"Retention(events={self.events!r}): a whole number, at least 1")
+        if self.bytes is not None and size_bytes(self.bytes) < 1:
+            raise BadSetting(f"Retention(bytes={self.bytes!r}): at least 1 byte")
+        if self.unread not in ("keep", "drop"):
+            raise BadSetting(f"Retention(unread={self.unread!r}): 'keep' or 'drop'")
+        if self.forget != NEVER and seconds(self.forget) < 60:
+            raise BadSetting(f"Retention(forget={self.forget!r}): at least 1m, or 'never'")
+        self._check_ceiling()
+
+    @property
+    def forget_ms(self) -> int:
+        """`forget` in milliseconds; 0 for never."""
+        return 0 if self.forget == NEVER else int(seconds(self.forget) * 1000)
+
+    @property
+    def ceiling_events(self) -> int:
+        """The ceiling as a number of events; 0 where it is a size, or there is none."""
+        return self.ceiling if isinstance(self.ceiling, int) else 0
+
+    @property
+    def ceiling_bytes(self) -> int:
+        """The ceiling as a size; 0 where it is a number of events, or there is none."""
+        return size_bytes(self.ceiling) if isinstance(self.ceiling, str) else 0
+
+    def _check_ceiling(self) -> None:
+        if self.ceiling is None:
+            return
+        if isinstance(self.ceiling, bool) or not (self.ceiling_events or self.ceiling_bytes) > 0:
+            raise BadSetting(f"Retention(ceiling={self.ceiling!r}): a number of events, or a size such as '2GB'")
+        if self.unread == "drop":
+            raise BadSetting(
+                "Retention(ceiling=…) is for unread='keep': with 'drop' a stream does not outgrow its bounds"
+            )
+        if 0 < self.ceiling_events < (self.events or 0):
+            raise BadSetting(f"Retention(ceiling={self.ceiling!r}) is below events={self.events!r}")
+        if self.bytes is not None and 0 < self.ceiling_bytes < size_bytes(self.bytes):
+            raise BadSetting(f"Retention(ceiling={self.ceiling!r}) is below bytes={self.bytes!r}")
+
+
 class Stream(Generic[E]):
     """A named log of events of the given types.
 
     With a `key` (a field's name, or a function of the event) all events of one key lie in one partition, in the order
     in which they were published. `others` says what a group does with types that the stream does not name: keep them as
-    dead letters, or skip them.
+    dead letters, or skip them. `retention` and `dedupe` hold for all who use the stream: they are recorded when it is first
+    used, and changed by `millstream stream apply`. `confirm` is a habit of this publisher: how far an event has come when
+    `publish` returns, in the server's memory, on its disk, on another server.
 
-    Raises `BadStream`.
+    Raises `BadStream`, `BadSetting`.
     """
 
     def __init__(
@@ -58,6 +157,9 @@ class Stream(Generic[E]):
         key: str | Callable[[E], Key] | None = None,
         partitions: int | None = None,
         others: Literal["dead", "skip"] = "dead",
+        retention: Retention | None = None,
+        dedupe: Duration | Dedupe | None = None,
+        confirm: Literal["memory", "fsync", "replicated"] = "memory",
     ) -> None:
         self.name = check_name("stream", name)
         self.types = _types(name, events)
@@ -69,6 +171,13 @@ class Stream(Generic[E]):
             raise BadStream(f"stream {name!r}: partitions={partitions!r} must be from 1 to {MAX_PARTITIONS:,}")
         if others not in ("dead", "skip"):
             raise BadStream(f"stream {name!r}: others={others!r} must be 'dead' or 'skip'")
+        self.retention = retention
+        self.dedupe = dedupe if isinstance(dedupe, Dedupe) or dedupe is None else Dedupe(dedupe)
+        self.confirm = confirm
+        if confirm not in ("memory", "fsync", "replicated"):
+            raise BadStream(f"stream {name!r}: confirm={confirm!r} must be 'memory', 'fsync' or 'replicated'")
+        if retention is not None and not isinstance(retention, Retention):
+            raise BadStream(f"stream {name!r}: retention={retention!r}; write Retention(age='7d')")
         self._check_key()
 
     def __repr__(self) -> str:

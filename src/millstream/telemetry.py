@@ -25,6 +25,17 @@ LOST = "consumer.lost"  # group, positions: taken over by somebody else
 STALE = "settle.refused"  # group, positions: settled too late, somebody else has them
 BROKER_ERROR = "broker.error"  # group, doing, error: retried with back-off
 LISTENER_FAILED = "listener.failed"  # stream, position, exception
+FELL_DUE = "stream.fell_due"  # stream, count: events that were published for later are in the stream now
+TRIMMED = "stream.trimmed"  # stream, count
+FILLING = "stream.filling"  # stream, fullness, pinned_by: once, when it comes near its ceiling
+EVENTS_LOST = "group.lost"  # group, stream, count: gone before the group had settled them
+FADING = "group.fading"  # group, stream, at_ms: from when on nothing is kept for it, unless it runs
+FORGOTTEN = "group.forgotten"  # group, stream: nothing is kept for it any more
+SLOT_PUBLISHED = "schedule.published"  # schedule, stream, at_ms
+SLOTS_MISSED = (
+    "schedule.missed"  # schedule, stream, count, passed, first_ms, last_ms: of very many, the latest thousand
+)
+SLOT_FAILED = "schedule.failed"  # schedule, stream, at_ms, exception: no event could be made for it
 
 COMPLAIN_EVERY_S = 1.0
 

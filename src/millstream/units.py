@@ -29,6 +29,12 @@ MAX_PARKED = 100_000  # events of one group that wait behind a failed one of the
 DEAD_FULL_S = 300.0  # how long such an event waits before it is tried again: never a loop, and never lost
 MAX_APPEND_RECORDS = 1_000  # records in one write: more gains nothing, and a lost reply puts them all in doubt
 MAX_APPEND_BYTES = 4_194_304  # bytes in one write, for the same reason
+MAX_DEDUPE_S = (
+    86_400.0  # an id costs about 120 bytes for so long; what is to last longer belongs into the user's database
+)
+MAX_DEDUPE_IDS = 10_000_000  # of one partition: more than a gigabyte
+MAX_DELAY_S = 366 * 86_400.0  # what lies further ahead is a plan, which belongs into a database where it can be changed
+FORGET_MS = 7 * 86_400_000  # a group that nobody has served for a week keeps no events any more
 MAX_ERROR_CHARS = 4_000  # an error's text that is kept with a dead letter
 
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3_600.0, "d": 86_400.0, "w": 604_800.0}

@@ -276,3 +276,40 @@ def test_interrupting_while_nothing_comes_in_ends_at_once(project: Project) -> N
         os.close(reader)
         os.close(writer)
     assert program.out == "0 published\n"
+
+
+def test_an_event_may_be_published_for_later(project: Project) -> None:
+    done = project("publish", "orders", "order.placed", "order_id=1", "--due", "5m")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.split()[0].endswith("@later")
+    assert events(project) == []
+    done = project("publish", "orders", "order.placed", "order_id=2", "--due", "2026-01-01T12:00Z")
+    assert done.exit_code == 2 and "is past: publish it without due" in done.stderr
+    done = project("publish", "orders", "order.placed", "order_id=2", "--due", "9000d")
+    assert done.exit_code == 2 and "over 366 days ahead" in done.stderr
+    done = project("publish", "orders", "order.placed", "order_id=2", "--due", "noon")
+    assert done.exit_code == 2 and "'noon' is not a time: write 5m (from now) or" in done.stderr
+    done = project("publish", "orders", "--file", "shop.py", "--due", "5m")
+    assert done.exit_code == 2 and "none is --due later" in done.stderr
+
+
+def test_an_event_may_be_confirmed_at_a_level_that_the_broker_can_give(project: Project) -> None:
+    assert project("publish", "orders", "order.placed", "order_id=1", "--confirm", "fsync").exit_code == 0
+    done = project("publish", "orders", "order.placed", "order_id=2", "--confirm", "replicated")
+    assert done.exit_code == 2 and "cannot confirm 'replicated', which needs" in done.stderr
+    project.write("lines", placed(3))
+    assert project("publish", "orders", "--file", "lines", "--confirm", "fsync").exit_code == 0
+    done = project("publish", "orders", "--file", "lines", "--confirm", "replicated")
+    assert done.exit_code == 2 and "cannot confirm 'replicated'" in done.stderr
+    assert len(events(project)) == 4
+
+
+def test_with_a_broker_alone_events_may_be_due_and_confirmed_too(project: Project) -> None:
+    project("publish", "orders", "order.placed", "order_id=0")
+    project.environment = {"MILLSTREAM_APP": "", "MILLSTREAM_BROKER": "sqlite:///shop.db"}
+    done = project("publish", "orders", "order.placed", "order_id=1", "--due", "5m", "--confirm", "fsync")
+    assert done.exit_code == 0 and done.stdout.split()[0].endswith("@later"), done.output
+    done = project("publish", "orders", "order.placed", "order_id=1", "--due", "9000d")
+    assert done.exit_code == 2 and "over 366 days ahead" in done.stderr
+    done = project("publish", "orders", "order.placed", "order_id=2", "--confirm", "replicated")
+    assert done.exit_code == 2 and "cannot confirm 'replicated', which needs" in done.stderr

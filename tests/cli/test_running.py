@@ -56,6 +56,19 @@ def test_a_second_signal_cuts_off_what_still_runs(project: Project) -> None:
     assert program.wait() == 1
 
 
+def test_an_app_with_nothing_but_a_schedule_runs(project: Project) -> None:
+    (project.path / "clock.py").write_text(
+        "from millstream import App, Event, Stream, every\n"
+        "class Tick(Event, type='tick'): pass\n"
+        "ticks = Stream('ticks', Tick)\n"
+        "app = App('clock', include=[every('100ms', Tick, to=ticks, name='beat')])\n"
+    )
+    program = project.start("run", "clock:app")
+    program.until(lambda: project("tail", "ticks", "--app", "clock:app").stdout.count("tick") > 1)
+    program.until(lambda: "schedule beat: every 100ms to ticks" in program.err)
+    assert program.interrupt(signal.SIGTERM) == 0
+
+
 @pytest.mark.parametrize("only", [("--only", "billing"), ("--only", "orders/billing"), ("--only", "billing,billing")])
 def test_only_the_groups_that_were_named_are_handled(project: Project, only: tuple[str, ...]) -> None:
     program = running(project, *only)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -161,17 +161,31 @@ class Crew:
 class Nemesis:
     """Kills the workers of a crew, and starts new ones in their place."""
 
-    def __init__(self, crew: Crew, seed: int, **environment: str) -> None:
+    def __init__(
+        self,
+        crew: Crew,
+        seed: int,
+        *,
+        workers: int = WORKERS,
+        points: Sequence[str] = POINTS,
+        latest: int = 500,
+        pause_s: float = 0.8,
+        **environment: str,
+    ) -> None:
+        """`latest`: so often somebody comes to a point at most before it dies there; `pause_s`: the longest between kills."""
         self.kills = 0
         self._crew = crew
         self._chance = random.Random(seed)
+        self._points = points
+        self._latest = latest
+        self._pause_s = pause_s
         self._environment = environment
-        self._workers = [self._new() for _ in range(WORKERS)]
+        self._workers = [self._new() for _ in range(workers)]
 
     def rampage(self, kills: int) -> None:
         """Kill until there were so many. Half of the workers carry the moment of their death within them."""
         while self.kills < kills:
-            time.sleep(self._chance.uniform(0.0, 0.8))  # not to wait for anything: the moment of a kill is to be any
+            time.sleep(self._chance.uniform(0.0, self._pause_s))  # not to wait for anything: the moment of a kill is to be any
             if all(child.code is None for child in self._workers):
                 self._chance.choice(self._workers).send(signal.SIGKILL)
             self._replace()
@@ -195,7 +209,7 @@ class Nemesis:
     def _new(self) -> Child:
         if self._chance.random() < 0.5:
             return self._crew.start("work", **self._environment)
-        point, count = self._chance.choice(POINTS), self._chance.randint(1, 500)
+        point, count = self._chance.choice(self._points), self._chance.randint(1, self._latest)
         return self._crew.start("work", FAULTS_DIE=f"{point}:{count}", **self._environment)
 
 

@@ -161,7 +161,7 @@ class Place:
         await self.broker.declare(self.stream)
         await self.broker.declare(MAILS)
         log = self.broker.logs["orders"]
-        self.group = OrderedGroup(log, "billing", "shop", [0] * self.stream.partitions)
+        self.group = OrderedGroup(log, "billing", "shop", [0] * self.stream.partitions, self.clock.monotonic())
         log.groups["billing"] = self.group
 
     async def member(self, max_parked: int = MAX_PARKED, *, enter: bool = True) -> tuple[OrderedConsumer, Script]:

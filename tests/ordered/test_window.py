@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from millstream.brokers import portion
 from millstream.brokers.base import Later, Position
 from millstream.brokers.ledger import Bury, Committed, Cursor, Delay, Park, Pop, State
+from millstream.brokers.portion import Portion
 from millstream.brokers.window import Phase, Slot, _ahead, after, place
 from tests.ordered.helpers import (
     claims,
@@ -213,19 +215,41 @@ def test_h_stays_where_it_is_while_what_lies_before_it_is_settled() -> None:
     assert (commit.h, commit.open, commit.done) == ("6", ["1", "4", "5"], 1)
 
 
+def test_one_commit_takes_so_many_outputs_and_the_next_ones_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(portion, "MAX_LARGE", 3)
+    window = handed_out("abcade")
+    for number, count in enumerate([2, 2, 0, 1, 9, 1], 1):
+        settle(window, number, None, [output(10 * number + n) for n in range(count)])
+    first = stored(window)
+    assert written(first.effects) == ["output 10", "output 11"] and (first.w, first.h, first.open) == ("1", "3", ["2"])
+    second = stored(window)
+    assert written(second.effects) == ["output 20", "output 21", "output 40"] and (second.w, second.h) == ("4", "")
+    third = stored(window)
+    assert len(third.effects) == 9 and third.w == "5", "what one event published is never parted"
+    assert written(stored(window).effects) == ["output 60"] and window.commit() is None
+
+
+def test_one_commit_takes_so_many_bytes_of_dead_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(portion, "MAX_LARGE_BYTES", 5)
+    window = handed_out("abab")
+    for number in range(1, 5):
+        settle(window, number, dead())  # of two bytes each
+    assert [written(stored(window).effects) for _ in range(2)] == [["bury 1", "bury 2"], ["bury 3", "bury 4"]]
+
+
 def test_nothing_is_looked_at_behind_the_last_settled_event_and_the_old_h() -> None:
     slots = [Slot(claim, claim.stored.position.offset, str(number)) for number, claim in enumerate(claims("a" * 9), 1)]
     slots[1].phase = Phase.SETTLED
     rest = iter(slots)
-    assert _ahead(rest, 1, "", True) == ("2", ["1"], [slots[1]])
+    assert _ahead(rest, 1, "", Portion()) == ("2", ["1"], [slots[1]])
     assert next(rest) is slots[2]
     slots[4].phase = Phase.COVERED
     rest = iter(slots)
-    assert _ahead(rest, 1, "5", True) == ("5", ["1", "3", "4"], [slots[1]])
+    assert _ahead(rest, 1, "5", Portion()) == ("5", ["1", "3", "4"], [slots[1]])
     assert next(rest) is slots[5]
     slots[6].phase, slots[6].effects = Phase.SETTLED, [output(7)]
     rest = iter(slots)
-    assert _ahead(rest, 2, "5", False) == ("5", ["1", "3", "4"], [slots[1]])
+    assert _ahead(rest, 2, "5", Portion(room=False)) == ("5", ["1", "3", "4"], [slots[1]])
     assert next(rest) is slots[7]
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from hiredis import Reader, ReplyError, pack_command
 from msgspec.msgpack import encode as packb
@@ -21,6 +21,7 @@ LOG, DUE, NOTE = KEYS.log(0), KEYS.due(0, GROUP), KEYS.note(0, GROUP)
 DEAD, STATS, META = KEYS.dead(0, GROUP), KEYS.stats(0, GROUP), KEYS.meta(0)
 LIVE, TICK = KEYS.live(GROUP), KEYS.tick(GROUP)
 LEASE, PARKED, PARKINFO = KEYS.lease(0, GROUP), KEYS.parked(0, GROUP), KEYS.parkinfo(0, GROUP)
+MAILS = Keys("", "mails", 2)
 
 
 def fence(consumer: str) -> bytes:
@@ -29,6 +30,28 @@ def fence(consumer: str) -> bytes:
 
 def park(key: str) -> bytes:
     return KEYS.park(0, GROUP, key)
+
+
+class Out(NamedTuple):
+    """An output, as scripts take it: the keys of its target, its seven values, and the policy of its stream."""
+
+    keys: tuple[bytes, ...]
+    values: tuple[str, ...]
+    limits: tuple[int, int, int, int] = (0, 0, 0, 0)
+    due: str = ""
+    derived: bool = False
+
+    def staged(self, keys: list[bytes], blobs: list[Any]) -> tuple[Any, ...]:
+        if self.keys[0] not in keys[6:]:
+            keys += self.keys
+        blobs += self.values
+        first = keys.index(self.keys[0], 6) + 1
+        return first, *self.limits, self.due, self.derived, len(blobs) - 6
+
+
+def mail(name: str, partition: int = 0, **policy: Any) -> Out:
+    """An output for the stream `mails`."""
+    return Out(MAILS.store(partition), (name, "mail.sent", "app", "", "", "", "{}"), **policy)
 
 
 class Raw:
@@ -91,10 +114,19 @@ class Raw:
     def ack(self, consumer: str, *ids: bytes) -> Any:
         return self.run("ack", [LOG, fence(consumer)], [GROUP, f"n-{consumer}", *ids])
 
-    def settle(self, consumer: str, *items: tuple[Any, ...], max_dead: int = 100) -> Any:
+    def settle(
+        self,
+        consumer: str,
+        *items: tuple[Any, ...],
+        max_dead: int = 100,
+        outputs: Mapping[int, list[Out]] | None = None,
+    ) -> Any:
+        """`outputs` by the number of their item, from 1."""
         words = [word for item in items for word in (*item, "", "")[:5]]
-        keys = [LOG, fence(consumer), DUE, NOTE, DEAD, STATS]
-        return self.run("settle", keys, [GROUP, consumer, f"n-{consumer}", 0, max_dead, *words])
+        keys, blobs = [LOG, fence(consumer), DUE, NOTE, DEAD, STATS], list[Any]()
+        staged = {n: [out.staged(keys, blobs) for out in those] for n, those in (outputs or {}).items()}
+        args = [GROUP, consumer, f"n-{consumer}", 0, max_dead, len(items), packb(staged) if staged else b""]
+        return self.run("settle", keys, [*args, *words, *blobs])
 
     def take(self, consumer: str, limit: int = 100) -> Any:
         return self.run("take", [LOG, fence(consumer), DUE, NOTE, STATS], [GROUP, consumer, f"n-{consumer}", limit])
@@ -113,10 +145,10 @@ class Raw:
         return self.run("bury", [fence(consumer), LIVE], [consumer, score])
 
     def adopt(self, consumer: str, idle_ms: int, limit: int = 200) -> Any:
-        return self.run("adopt", [LOG, DUE], [GROUP, consumer, idle_ms, limit])
+        return self.run("adopt", [LOG, DUE, STATS], [GROUP, consumer, idle_ms, limit])
 
     def sweep(self, cursor: bytes | str = "-", often_ms: int = 0, limit: int = 200) -> Any:
-        return self.run("sweep", [LOG, META, DUE], [GROUP, cursor, often_ms, limit])
+        return self.run("sweep", [LOG, META, DUE, NOTE, STATS, LEASE], [GROUP, cursor, often_ms, limit])
 
     def replay(self, letter: bytes, id_: bytes) -> Any:
         return self.run("replay", [LOG, DUE, DEAD, STATS, NOTE], [GROUP, letter, id_])
@@ -131,7 +163,7 @@ class Raw:
 
     def acquire(self, member: str, silent: Any = "", *formers: str, seen: tuple[bytes, bytes] | None = None) -> Any:
         owner, epoch = seen or (self.lease("owner") or b"", self.lease("epoch") or b"0")
-        keys = [LOG, fence(member), LIVE, LEASE, META, PARKED, PARKINFO, NOTE]
+        keys = [LOG, fence(member), LIVE, LEASE, META, PARKED, PARKINFO, NOTE, STATS]
         return self.run("acquire", keys, [GROUP, member, f"n-{member}", owner, epoch, silent, *formers])
 
     def commit(
@@ -146,9 +178,10 @@ class Raw:
         opened: bytes = b"",
         done: int = 0,
         max_dead: int = 100,
+        outputs: Sequence[Out] = (),
     ) -> Any:
         """An effect names its event key where the script wants the number of a list, and bytes where it wants blobs."""
-        keys, blobs, packed = [LOG, LEASE, PARKED, PARKINFO, NOTE, DEAD], list[bytes](), []
+        keys, blobs, packed = [LOG, LEASE, PARKED, PARKINFO, NOTE, DEAD], list[Any](), []
         for kind, *words in effects:
             if kind == "dead":
                 *words, fields = words
@@ -162,7 +195,9 @@ class Raw:
                     blobs.append(word)
                     words[index] = len(blobs)
             packed.append([kind, *words])
-        args = [GROUP, member, epoch, seq, w, wn, h, opened, done, 0, 0, max_dead, "", packb(packed) if packed else b""]
+        staged = [out.staged(keys, blobs) for out in outputs]
+        args = [GROUP, member, epoch, seq, w, wn, h, opened, done, 0, 0, max_dead, ""]
+        args += [packb(words) if words else b"" for words in (packed, staged)]
         return self.run("commit", keys, [*args, *blobs])
 
     def heads(self, member: str, epoch: bytes, *keys: str) -> Any:
@@ -190,6 +225,10 @@ class Raw:
     def pending(self, consumer: str | None = None) -> list[tuple[bytes, bytes, int]]:
         rows = self.do("XPENDING", LOG, GROUP, "-", "+", 10_000, *([consumer] if consumer else []))
         return [(id_, owner, count) for id_, owner, _, count in rows]
+
+    def mails(self, partition: int = 0) -> list[str]:
+        """The ids of the outputs that are stored."""
+        return [fields[1].decode() for _, fields in self.do("XRANGE", MAILS.log(partition), "-", "+")]
 
     def score(self, consumer: str) -> bytes:
         found: bytes | None = self.do("ZSCORE", LIVE, consumer)

@@ -356,6 +356,7 @@ async def test_a_server_that_says_nothing_is_down_after_the_connect_timeout() ->
             BrokerFull,
         ),
         ("ERR Error running script (call to f_9a): @user_script: 3: WRONGTYPE Operation against", BrokerRefused),
+        ("@user_script: 3: -OOM command not allowed when used memory", BrokerFull),
         ("NOGROUP No such key 'orders'", GroupVanished),
         ("NOAUTH Authentication required.", BrokerRefused),
         ("WRONGPASS invalid username-password pair", BrokerRefused),

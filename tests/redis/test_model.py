@@ -2,8 +2,8 @@
 
 Each step is one exchange with the server, so the order of all steps is the seed's, and a failing seed fails again. While a
 worker is between two of its own exchanges the others go on: that is where the races are. A worker that is silent for three
-looks of another counts as dead, whether it is or not. At the end nothing may be lost, nothing left over, and no worker may
-ever have settled what another held.
+looks of another counts as dead, whether it is or not. At the end nothing may be lost, nothing left over, no worker may ever
+have settled what another held, and each output is there once, if its outcome was stored, and else not.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
+from millstream.brokers.redis.keys import Keys
 from millstream.brokers.redis.scripts import scripts
 from tests.redis import brokers
-from tests.redis.raw import DUE, GROUP, LIVE, LOG, NOTE, Raw, fence
+from tests.redis.raw import DUE, GROUP, LIVE, LOG, NOTE, Out, Raw, fence
 from tests.servers import RedisServer
 
 started = brokers.started
@@ -42,7 +43,7 @@ ACTIONS = {
     "pause": 2,
     "crash": 1,
 }
-OUTCOMES = {"done": 70, "retry": 15, "postpone": 5, "release": 7, "dead": 8}
+OUTCOMES = {"done": 60, "output": 10, "retry": 15, "postpone": 5, "release": 7, "dead": 8}  # output: done, with one
 LAST_ACTIONS = ("acknowledge", "read", "handle", "handle", "beat", "take", "sweep")
 
 # What a mistake in a script would do, and what the model must say about it.
@@ -54,8 +55,11 @@ MUTANTS = {
         b"if #pending == tonumber(limit) then return {'more', moved} end\n",
         "events lost",
     ),
+    "outputs are stored for whoever asks": ("settle", b"  if not held(id, count) then return 0 end\n", "outputs of"),
 }
 MUTANT_SEEDS = 10
+
+MAILS = Keys("", "mails", 1)
 
 
 class World:
@@ -72,6 +76,7 @@ class World:
         self.busy: list[Worker] = []
         self.published: set[bytes] = set()
         self.handled: set[bytes] = set()
+        self.outputs: set[bytes] = set()
         self.wrong: list[str] = []
         self.seen: Counter[str] = Counter()
         self.workers = [Worker(self) for _ in range(WORKERS)]
@@ -126,6 +131,9 @@ class World:
             found.append(f"{len(pending)} left pending: {pending[:3]}")
         if left := [key for key in (DUE, NOTE) if self.outside.do("EXISTS", key)]:
             found.append(f"left over: {left}")
+        stored = Counter(fields[1] for _, fields in self.outside.do("XRANGE", MAILS.log(0), "-", "+"))
+        if stored != Counter(self.outputs):
+            found.append(f"{stored.total()} outputs of {len(self.outputs)} events are stored")
         return found
 
     def close(self) -> None:
@@ -249,24 +257,33 @@ class Worker:
     def settle(self, id_: bytes, verdict: str, *details: Any) -> None:
         count, _, _ = self.held.pop(id_)
         owner = self.world.owner(id_)
-        answer = self.redis.settle(self.name, (verdict, id_, count, *details), max_dead=10_000)
+        answer = self.send((verdict, id_, count, *details))
         if answer == [b"FENCED"]:
             return self.fenced()
         if answer == [b"OK", 1]:
             self.world.seen[verdict] += 1
             if owner != self.name:
                 self.world.wrong.append(f"{self.name} settled {id_!r} of {owner}")
-            if verdict in ("done", "dead"):
+            if verdict in ("done", "output", "dead"):
                 self.world.handled.add(id_)
-        if verdict in ("done", "retry", "dead") and self.world.often(0.5):
+            if verdict == "output":
+                self.world.outputs.add(id_)
+        if verdict in ("done", "output", "retry", "dead") and self.world.often(0.5):
             self.unsure.append((verdict, id_, count, *details))
+
+    def send(self, item: tuple[Any, ...]) -> Any:
+        verdict, id_, *rest = item
+        if verdict != "output":
+            return self.redis.settle(self.name, item, max_dead=10_000)
+        output = Out(MAILS.store(0), (id_.decode(), "t", "", "", "", "", "{}"))
+        return self.redis.settle(self.name, ("done", id_, *rest), outputs={1: [output]})
 
     def resend(self) -> None:
         """An answer seemed lost, so the same is sent once more, long after it was answered."""
         if not self.unsure:
             return
         item = self.unsure.pop(0)
-        again = self.redis.settle(self.name, item, max_dead=10_000)
+        again = self.send(item)
         self.world.seen["resent"] += 1
         if again == [b"OK", 1]:
             self.world.wrong.append(f"{item} was settled twice")
@@ -304,8 +321,8 @@ class Worker:
         self.hold(answer)
 
     def sweep(self) -> None:
-        state, _, _, *names = self.redis.sweep()
-        assert state == b"OK"
+        state, _, _, lost, *names = self.redis.sweep()
+        assert (state, lost) == (b"OK", 0)
         for name in names:
             if not self.redis.do("EXISTS", fence(name.decode())):
                 self.world.seen["swept"] += 1
@@ -331,7 +348,16 @@ def test_nothing_is_lost_and_nobody_settles_what_another_holds(server: RedisServ
         seen["events"] += len(world.published)
         world.close()
     assert seen["events"] > 100 * SEEDS
-    for event in ("fenced", "crashes", "taken for dead", "recalled", "lost answers of EXEC", "lost takes", "resent"):
+    for event in (
+        "fenced",
+        "crashes",
+        "taken for dead",
+        "recalled",
+        "lost answers of EXEC",
+        "lost takes",
+        "resent",
+        "output",
+    ):
         assert seen[event] >= 5, f"the model did not see enough: {seen}"
 
 

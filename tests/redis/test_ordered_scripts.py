@@ -34,6 +34,7 @@ class Granted(NamedTuple):
     events_parked: int
     keys: list[bytes]
     notes: list[bytes]
+    gaps: bytes
 
 
 @pytest.fixture

@@ -11,8 +11,10 @@ from hiredis import pack_command
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millstream.brokers.redis import broker as module
+from millstream.brokers.base import Policy
+from millstream.brokers.redis import appending
 from millstream.brokers.redis.keys import Keys
+from millstream.brokers.redis.scripts import scripts
 from millstream.errors import (
     BrokerDown,
     BrokerError,
@@ -51,13 +53,13 @@ texts = st.text(st.characters(codec="utf-8"), max_size=12)
 )
 def test_what_is_sent_is_exactly_the_entry(record: Record) -> None:
     keys = Keys("", "orders", 4)
-    _, (command,) = module._Known(ORDERS, keys, mine=True).chunk([record], 0)
+    _, (command,) = appending.Known(ORDERS, keys, Policy(), 0.0, mine=True).chunk([record], 0)
     wanted = (b"XADD", keys.log(record.partition), b"*", *entry.write(record))
     assert command == pack_command(wanted)  # type: ignore[arg-type]  # its stub knows commands of one word only
 
 
 def test_a_chunk_ends_at_its_limits() -> None:
-    known = module._Known(ALERTS, Keys("", "alerts", 1), mine=True)
+    known = appending.Known(ALERTS, Keys("", "alerts", 1), Policy(), 0.0, mine=True)
     for some in (records(2_500), records(9, size_bytes=1_000_000), records(2, size_bytes=2 * MAX_APPEND_BYTES)):
         sent: list[Record] = []
         while len(sent) < len(some):
@@ -118,12 +120,20 @@ async def test_a_cancelled_append_leaves_the_others_their_answers(server: RedisS
                 assert [stored[f"id-{100 * (n + 1) + i}"] for i in range(10)] == end
 
 
-async def test_what_redis_cannot_do_yet_is_refused_before_anything_is_stored(server: RedisServer) -> None:
+def test_what_a_script_uses_is_sent_before_it() -> None:
+    ripen, append = scripts["ripen"].source, scripts["append"].source
+    shared, _, _ = append.partition(b"-- append.lua")
+    assert shared.startswith(b"-- store.lua") and ripen.startswith(shared + b"-- ripen.lua")
+    assert "store" not in scripts
+
+
+async def test_what_this_server_cannot_do_is_refused_before_anything_is_stored(server: RedisServer) -> None:
     async with opened(server.url, ORDERS) as broker:
-        later = Record(0, "2", "order.placed", b"{}", due_ms=1)
+        later = Record(4, "2", "order.placed", b"{}", due_ms=1)
         for some, confirm, error in (
-            ([*records(2), later], "memory", NotSupported),
+            ([*records(2), later], "memory", BrokerRefused),
             (records(2), "fsync", NotSupported),
+            (records(2), "replicated", NotSupported),
             (records(10, partitions=5), "memory", BrokerRefused),
         ):
             with pytest.raises(error):
@@ -278,6 +288,19 @@ async def test_a_server_that_comes_back_empty_is_told_of_the_streams_again() -> 
                 run_in(server, "HSET", "{alerts}:meta", "v", 1, "partitions", 2)
                 with pytest.raises(StreamMismatch):  # and never stores where another declaration would not look
                     await other.append("alerts", records(1))
+
+
+async def test_a_server_that_comes_back_empty_is_told_of_the_policy_too() -> None:
+    policy = Policy(dedupe_ms=60_000, dedupe_ids=100)
+    with RedisServer.start("7") as server:
+        async with opened(server.url) as broker:
+            await broker.declare(ALERTS, policy)
+            first = await broker.append("alerts", records(1))
+            server.restart()
+            await until(lambda: broker._publish._link is not None and broker._publish._link.closed)
+            second = [await broker.append("alerts", records(1)) for _ in range(2)]
+            assert first != second[0] == second[1] and len(await everything(broker, "alerts")) == 1
+            assert await broker.declare(ALERTS) == policy
 
 
 async def test_who_waits_for_a_dead_server_waits_for_one_attempt(server: RedisServer) -> None:

@@ -8,10 +8,11 @@ import sys
 from urllib.parse import quote
 
 import pytest
+from msgspec.structs import replace
 
-from millstream.brokers.base import StreamSpec
+from millstream.brokers.base import Policy, StreamSpec, Subscription
+from millstream.brokers.redis import appending, control
 from millstream.brokers.redis import broker as module
-from millstream.brokers.redis import control
 from millstream.brokers.redis.keys import Keys
 from millstream.brokers.redis.link import Link
 from millstream.clock import Clock
@@ -22,6 +23,7 @@ from millstream.errors import (
     BrokerError,
     BrokerFull,
     BrokerRefused,
+    GroupOwned,
     NotSupported,
     StreamMismatch,
 )
@@ -173,7 +175,7 @@ async def test_a_declaration_is_recorded_once_and_compared_ever_after(server: Re
     async with opened(server.url, ORDERS, ORDERS) as broker, opened(server.url, ORDERS) as other:
         assert run_in(server, "SMEMBERS", "millstream:streams") == [b"orders"]
         assert run_in(server, "HGETALL", "{orders}:meta") == [
-            *(b"v", b"1", b"partitions", b"4", b"key", b"order_id", b"codec", b"json")
+            *(b"v", b"1", b"partitions", b"4", b"key", b"order_id", b"codec", b"json", b"policy", b"{}")
         ]
         for changed in (
             StreamSpec("orders", partitions=8, key="order_id"),
@@ -188,12 +190,42 @@ async def test_a_declaration_is_recorded_once_and_compared_ever_after(server: Re
         assert await other.spec("orders") == ORDERS
 
 
+async def test_a_policy_is_recorded_once_and_holds_for_all(server: RedisServer) -> None:
+    policy = Policy(dedupe_ms=1_000, dedupe_ids=10, events=100, keep=False)
+    async with opened(server.url) as broker, opened(server.url) as other:
+        assert await broker.declare(ALERTS, policy) == policy
+        assert await other.declare(ALERTS) == policy and await broker.declare(ALERTS, Policy(age_ms=1)) == policy
+        assert await other.declare(ORDERS) == Policy() and await broker.declare(ORDERS, policy) == Policy()
+
+
+async def test_a_group_can_be_made_without_a_member_and_one_that_is_there_is_left_alone(server: RedisServer) -> None:
+    async with opened(server.url, ORDERS) as broker:
+        await broker.append("orders", records(8, partitions=4))
+        for group, order in (("billing", False), ("shipping", True)):
+            subscription = Subscription(ORDERS, group, "shop", start="now", order=order)
+            await broker.create(subscription)
+            places = [run_in(server, "XINFO", "GROUPS", f"orders:{n}") for n in range(4)]
+            await broker.append("orders", records(8, partitions=4))
+            for again in (
+                subscription,
+                replace(subscription, start="beginning"),
+                replace(subscription, order=not order),
+            ):
+                await broker.create(again)
+            for number, before in enumerate(places):
+                after = run_in(server, "XINFO", "GROUPS", f"orders:{number}")
+                assert [info[:8] for info in after] == [info[:8] for info in before]
+            with pytest.raises(GroupOwned):
+                await broker.create(replace(subscription, owner="other"))
+            await (await broker.subscribe(subscription)).close()
+
+
 async def test_of_two_who_declare_at_once_one_decides(server: RedisServer) -> None:
     async with opened(server.url) as one, opened(server.url) as two:
         for n in range(20):
             ways = [StreamSpec(f"s{n}", partitions=p) for p in (2, 3)]
             ends = await asyncio.gather(one.declare(ways[0]), two.declare(ways[1]), return_exceptions=True)
-            assert sorted(type(end).__name__ for end in ends) == ["NoneType", "StreamMismatch"]
+            assert sorted(type(end).__name__ for end in ends) == ["Policy", "StreamMismatch"]
 
 
 async def test_a_stream_is_looked_up_where_somebody_else_declared_it(server: RedisServer) -> None:
@@ -290,7 +322,7 @@ async def test_a_page_holds_fewer_events_when_they_are_large(
     monkeypatch.setattr(module, "MAX_PAGE_BYTES", 1_000_000)
     async with opened(server.url, ALERTS) as broker:
         await broker.append("alerts", records(60, size_bytes=100_000))
-        assert len(await broker.read("alerts", 0, None, 1_000)) == 1_000_000 // module.FIRST_LARGEST_BYTES
+        assert len(await broker.read("alerts", 0, None, 1_000)) == 1_000_000 // appending.FIRST_LARGEST_BYTES
         assert len(await broker.read("alerts", 0, None, 1_000)) == 9
         assert len(await everything(broker, "alerts")) == 60
         assert await broker.read("alerts", 0, None, 0) == []

@@ -256,7 +256,7 @@ async def test_what_is_trimmed_before_its_owner_reads_it_is_told_and_the_lag_sta
         claims = await claimed(consumer, 10)
         await broker.append("orders", records(30, first=10))
         run_in(server, "XTRIM", LOG, "MAXLEN", 5)
-        life_of(consumer)._gaps_at = 0.0
+        life_of(consumer)._gaps._look_at = 0.0
         assert all(await settled(consumer, claims[:5]))
         assert group(server)[b"entries-read"] == 5
         late = await claimed(consumer, 5)

@@ -147,7 +147,7 @@ def test_a_sweep_finds_waiting_entries_that_are_not_in_due(redis: Raw) -> None:
     redis.read("c")
     redis.settle("c", *(("retry", id_, 1, 9) for id_ in ids))
     redis.do("ZREM", DUE, *ids[1:4])
-    state, missing, cursor, *names = redis.sweep(limit=3)
+    state, missing, cursor, _, *names = redis.sweep(limit=3)
     assert (state, missing, names) == (b"OK", 2, [b"c"])
     state, missing, cursor, *names = redis.sweep(cursor, limit=3)
     assert (state, missing, cursor) == (b"OK", 1, b"")

@@ -5,8 +5,10 @@ Here: living, joining, settling and taking. `test_script_care.py` has the others
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
+from importlib.resources import files
 
 import pytest
 
@@ -306,10 +308,24 @@ def test_recalling_counts_nothing_and_gives_only_what_is_ours(redis: Raw) -> Non
 
 
 def test_every_script_has_a_contract() -> None:
-    from millstream.brokers.redis.scripts import scripts
-
-    for script in scripts.values():
-        header = script.source.decode().partition("\nlocal ")[0] + "\n"
-        assert header.startswith(f"-- {script.name}.lua: "), script.name
+    for name, text in texts(""):
+        assert text.startswith(f"-- {name}: "), name
         for word in "KEYS", "ARGV", "RETURNS", "Why", "Cost":
-            assert f"\n-- {word}" in header, f"{script.name}: {word}"
+            assert f"\n-- {word}" in text, f"{name}: {word}"
+
+
+def test_all_that_scripts_share_has_a_contract_and_is_used() -> None:
+    used = {
+        word for _, text in texts("") for line in re.findall("^-- USES +(.*)$", text, re.M) for word in line.split()
+    }
+    shared = dict(texts("lib"))
+    assert {f"{name}.lua" for name in used} == shared.keys()
+    for name, text in shared.items():
+        assert text.startswith(f"-- {name}: ") and "\n-- CALL " in text and "\n-- Cost " in text, name
+
+
+def texts(folder: str) -> Iterator[tuple[str, str]]:
+    """The files of scripts, by name."""
+    for path in files("millstream.brokers.redis").joinpath("lua", folder).iterdir():
+        if path.name.endswith(".lua"):
+            yield path.name, path.read_text()

@@ -8,12 +8,15 @@ import time
 from collections.abc import Awaitable, Callable
 from sqlite3 import Connection
 
-from millstream.brokers.base import Consumer, Done, Record, Settlement, Subscription
+from millstream.brokers.base import Consumer, Done, Policy, Record, Settlement, Slot, StreamSpec, Subscription
 from millstream.brokers.sqlite.broker import SQLiteBroker
 from millstream.clock import Clock
 from millstream.settings import Settings
 from millstream.telemetry import Telemetry
 from tests.sqlite.places import LEASE_S, ORDERS
+
+KEPT, KEPT_POLICY = StreamSpec("kept", partitions=2), Policy(dedupe_ms=3_600_000, dedupe_ids=100_000, events=50)
+PLAIN = (StreamSpec("ticks"), StreamSpec("later"))
 
 
 def say(*words: object) -> None:
@@ -83,8 +86,26 @@ async def hold(broker: SQLiteBroker) -> None:
     await broker.writer.ask(job, durable=True)
 
 
+async def churn(broker: SQLiteBroker, prefix: str, begin: str) -> None:
+    """For ever the same ids and slots as the others, events for later of its own, and housekeeping; says each number."""
+    await broker.declare(KEPT, KEPT_POLICY)
+    for stream in PLAIN:
+        await broker.declare(stream)
+    number = int(begin)
+    while True:
+        await broker.append("kept", [Record(number % 2, f"id-{number}", "order.placed", b"x" * 200)])
+        await broker.append_slot("ticks", Slot("tick", number), Record(0, str(number), "order.placed", b"x"))
+        due_ms = broker.clock.now_ms() + 1
+        await broker.append("later", [Record(0, f"{prefix}-{number}", "order.placed", b"x", due_ms=due_ms)])
+        say(number)
+        for tended in ("kept", "later"):
+            await broker.tend(tended)
+        number += 1
+
+
 VERBS: dict[str, Callable[..., Awaitable[None]]] = {
     "publish": publish,
+    "churn": churn,
     "consume": consume,
     "echo": echo,
     "contend": contend,

@@ -13,23 +13,7 @@ from hypothesis import strategies as st
 from millstream.brokers.base import Dead, Later, Record, Subscription
 from millstream.brokers.sqlite import group, member
 from millstream.brokers.sqlite.watch import Watch
-from millstream.clock import Clock
-from tests.sqlite.places import ORDERS, broker_at, eventually, ids, joined, opened, outcomes, records
-
-
-class Clockwork(Clock):
-    """Real timers, but the time of day and the time since boot are moved by hand."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shift_s = 0.0
-        self.shift_ms = 0
-
-    def monotonic(self) -> float:
-        return super().monotonic() + self.shift_s
-
-    def now_ms(self) -> int:
-        return super().now_ms() + self.shift_ms
+from tests.sqlite.places import ORDERS, Clockwork, broker_at, eventually, ids, joined, opened, outcomes, records
 
 
 def test_a_tick_seen_a_lease_ago_tells_who_is_silent() -> None:
@@ -124,9 +108,9 @@ async def test_who_is_as_silent_as_those_it_judges_judges_nobody(tmp_path: Path)
         subscription = Subscription(ORDERS, "billing", "shop")
 
         def job(db: sqlite3.Connection) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-            one, two = (member.enter(db, "orders", subscription, member.Life(n, n, 0.0)) for n in ("one", "two"))
+            one, two = (member.enter(db, "orders", subscription, member.Life(n, n, 0.0, 0)) for n in ("one", "two"))
             frozen = group.evict(db, two, 2)
-            beat = member.beat(db, two, 0.0)
+            beat = member.beat(db, two, 0.0, 0)
             assert beat is not None
             assert beat.tick == 3
             assert group.evict(db, one, 2) == []

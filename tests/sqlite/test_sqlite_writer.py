@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from millstream.brokers.base import Done, Position, Settlement
-from millstream.brokers.sqlite import group, log
+from millstream.brokers.sqlite import group, storing
 from millstream.brokers.sqlite import writer as writer_module
 from millstream.brokers.sqlite.broker import SQLiteBroker
 from millstream.brokers.sqlite.file import WAL_KEPT_BYTES, InDoubt
@@ -305,7 +305,7 @@ async def test_events_and_outcomes_wait_for_the_disk_as_the_url_says(
 
         monkeypatch.setattr(module, name, spy)
 
-    for module, name in ((log, "store"), (group, "take"), (group, "settle")):
+    for module, name in ((storing, "store"), (group, "take"), (group, "settle")):
         spied(module, name)
     async with opened(tmp_path / "shop.db", query=query) as broker:
         consumer = await joined(broker)

@@ -11,6 +11,7 @@ from millstream import (
     Event,
     Reject,
     Retry,
+    Retention,
     RetryLater,
     Router,
     Stream,
@@ -84,7 +85,12 @@ Retry(atempts=3)  # mistake: an option misspelt
 Retry(never=["CardRefused"])  # mistake: a name in place of a class
 Batch("100")  # mistake: a size is a number
 Depends(open_bank, scope="request")  # mistake: delivery or process
-Envelope(placed, due="5m")  # mistake: publishing for later is not there yet
+Envelope(placed, due=["5m"])  # mistake: due at a time, or after a while
+Stream("orders", Charged, retention="7d")  # mistake: a duration in place of a Retention
+Stream("orders", Charged, dedupe=[600])  # mistake: a duration, or a Dedupe
+Stream("orders", Charged, confirm="disk")  # mistake: memory, fsync or replicated
+Retention("7d")  # mistake: bounds are given by name
+Retention(age="7d", unread="trim")  # mistake: keep or drop
 App(include=[router])  # mistake: an app has a name
 App("shop", include=router)  # mistake: one part in place of a list
 App("shop", middleware=[open_bank])  # mistake: not a middleware
@@ -96,6 +102,13 @@ async def publishing(delivery: Delivery[OrderPlaced]) -> None:
     await app.publish(Charged(order_id="o-1"), to=orders)  # mistake: the stream does not carry this type
     await app.publish(Envelope(Charged(order_id="o-1")), to=orders)  # mistake: the same, in an envelope
     await app.publish(placed, orders)  # mistake: `to` is given by name
+    await app.publish(placed, confirm="disk")  # mistake: memory, fsync or replicated
+    await app.publish_at(placed, to=orders)  # mistake: when?
+    await app.publish_at(Charged(order_id="o-1"), "5m", to=orders)  # mistake: the stream does not carry this type
+    (await app.publish_at(placed, "5m")).offset  # mistake: it has no position yet
+    app.blocking().publish(Charged(order_id="o-1"), to=orders)  # mistake: the stream does not carry this type
+    await app.blocking().publish(placed)  # mistake: it blocks, there is nothing to await
+    app.blocking().publish_many([placed, Charged(order_id="o-1")], to=orders)  # mistake: one of them does not belong here
     await app.publish_many([placed, Charged(order_id="o-1")], to=orders)  # mistake: one of them does not belong here
     app.publish(placed).partition  # mistake: not awaited
     delivery.publish(Charged(order_id="o-1"), to=orders)  # mistake: the stream does not carry this type

@@ -11,16 +11,36 @@ survive cancellation: what was in flight may or may not have happened, and the o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol, TypeAlias
+from typing import Protocol
 
-from msgspec import Struct
-
+from millstream.brokers.admin import Admin, DeadLetter, GroupInfo, ParkedKey, PendingInfo, StreamInfo
+from millstream.brokers.values import (
+    LATER,
+    Claim,
+    Confirm,
+    Dead,
+    Done,
+    Kept,
+    Later,
+    Outcome,
+    Output,
+    Policy,
+    Put,
+    Settlement,
+    Slot,
+    Start,
+    Stored,
+    StreamSpec,
+    Subscription,
+    Tended,
+    Traits,
+)
 from millstream.errors import GroupOwned, NotSupported, StreamMismatch
 from millstream.stream import Position
-from millstream.units import MAX_PARKED
 from millstream.wire.entry import Record
 
 __all__ = [
+    "LATER",
     "Admin",
     "Broker",
     "Claim",
@@ -37,26 +57,23 @@ __all__ = [
     "Output",
     "ParkedKey",
     "PendingInfo",
+    "Policy",
     "Position",
     "Put",
     "Record",
     "Settlement",
+    "Slot",
     "Start",
     "Stored",
     "StreamInfo",
     "StreamSpec",
     "Subscription",
+    "Tended",
     "Traits",
     "check_declared",
     "check_mode",
     "check_owner",
 ]
-
-Confirm: TypeAlias = Literal["memory", "fsync", "replicated"]
-"""How far an event has come when `append` returns: in the server's memory, on its disk, on another server."""
-
-Start: TypeAlias = Literal["beginning", "now"] | int
-"""Where a group begins at its birth: with the first event, with the next one, or at a time in epoch milliseconds."""
 
 
 WAYS = {True: "in the order of keys", False: "without order"}
@@ -73,124 +90,6 @@ class OtherOrder(NotSupported):
     def __init__(self, message: str, until_ms: float = 0.0) -> None:
         super().__init__(message)
         self.until_ms = until_ms
-
-
-class Stored(Struct, frozen=True, gc=False):
-    """A record, and where it lies."""
-
-    position: Position
-    record: Record
-
-
-class Claim(Struct, frozen=True, gc=False):
-    """The broker's word that this consumer may work on this event."""
-
-    stored: Stored
-    attempt: int
-    """1 for the first. Counted before the handler runs, so that a handler that kills its process is counted too."""
-    suspect: int = 0
-    """How a crash left it behind: 0 not at all; 1 it was fetched when a process crashed; n > 1 it had been *started* in
-    n − 1 crashes. `begin` must be called before a suspect's handler starts; from 2 on it runs with nothing beside it."""
-    postponed: int = 0
-    """How often `RetryLater` put it off; these are not attempts."""
-    fault: str = ""
-    """Not empty: the entry is no event, and why. Its record has an empty type, and a preview as its data."""
-    token: int = 0
-    """In the order of keys: the epoch of the partition's lease. It grows with every owner. 0 without order."""
-
-
-class Done(Struct, frozen=True, gc=False):
-    """Finished. The note says why it was skipped, if it was."""
-
-    note: str = ""
-
-
-class Later(Struct, frozen=True, gc=False):
-    """Try again at this time (epoch milliseconds by the caller's clock; a broker with its own clock translates)."""
-
-    at_ms: int
-    error: str
-    counted: bool = True
-    """False: the attempt does not count (`RetryLater`)."""
-
-
-class Dead(Struct, frozen=True, gc=False):
-    """Give up: keep it as a dead letter. The reason is one of a few words, the error says the rest."""
-
-    reason: str
-    error: str = ""
-
-
-Outcome: TypeAlias = Done | Later | Dead
-
-
-class Output(Struct, frozen=True, gc=False):
-    """An event that a handler published: stored before its outcome, with trait `atomic_outputs` in the same step."""
-
-    stream: str
-    record: Record
-
-
-class Put(Struct, frozen=True, gc=False):
-    """A piece of state that is stored with the outcome (pipelines; no broker has this power yet)."""
-
-    key: bytes
-    value: bytes | None
-
-
-class Settlement(Struct, frozen=True, gc=False):
-    """What became of one claimed event."""
-
-    position: Position
-    outcome: Outcome
-    outputs: Sequence[Output] = ()
-    puts: Sequence[Put] = ()
-
-
-class Kept(Struct, frozen=True, gc=False):
-    """The answer to a heartbeat."""
-
-    lost: frozenset[Position] = frozenset()
-    """Taken from us, of what we held: cancel and discard."""
-    drain: frozenset[int] = frozenset()
-    """Partitions that another consumer asks for: finish, then release."""
-
-
-class Traits(Struct, frozen=True, gc=False):
-    """The powers of a broker, known once it is open."""
-
-    order: bool = False
-    delayed: bool = False
-    atomic_outputs: bool = False
-    confirms: frozenset[Confirm] = frozenset({"memory"})
-    shared: bool = True
-    """Several processes can use it at once."""
-
-
-class StreamSpec(Struct, frozen=True, gc=False):
-    """What decides where an event of a stream lies; recorded when the stream is first used, and compared ever after."""
-
-    name: str
-    partitions: int = 1
-    key: str = ""
-    """The key field's name; `()` for a function; empty without a key."""
-    codec: str = "json"
-
-
-class Subscription(Struct, frozen=True, gc=False):
-    """What a consumer is to consume, and how."""
-
-    stream: StreamSpec
-    group: str
-    owner: str
-    """The app. A group belongs to one app, from its birth on."""
-    start: Start = "beginning"
-    lease_s: float = 10.0
-    order: bool = False
-    fresh: bool = True
-    """False: take what waits, or was left behind by others, and nothing new."""
-    max_parked: int = MAX_PARKED
-    """Of an ordered group: events that may wait with their keys, a like share in each partition; past it, that one waits."""
 
 
 class Consumer(Protocol):
@@ -231,164 +130,6 @@ class Consumer(Protocol):
         ...
 
 
-class StreamInfo(Struct, frozen=True, gc=False):
-    """A stream as it is now."""
-
-    spec: StreamSpec
-    events: int
-    """Events in it now."""
-    added: int | None
-    """Events that were ever added; None where the broker does not know."""
-    bytes: int | None
-    """What it takes up; None where the broker does not know."""
-    first_ms: int | None
-    last_ms: int | None
-
-
-class GroupInfo(Struct, frozen=True, gc=False):
-    """A group as it is now, over all partitions of its stream."""
-
-    stream: str
-    group: str
-    owner: str
-    consumers: int
-    """Members that beat within their lease."""
-    lag: int | None
-    """Events not yet delivered; None where nobody can tell, never 0 for unknown."""
-    pending: int
-    """Delivered and not settled: being handled, or waiting."""
-    scheduled: int
-    """Of the pending ones, those that wait for their next attempt."""
-    dead: int
-    """Dead letters kept now."""
-    done: int | None
-    """Settled as done or skipped."""
-    retried: int
-    """How often an attempt failed and was scheduled again."""
-    replayed: int
-    """How often a dead letter was given back to the group."""
-    dropped: int
-    """Dead letters that a person dropped."""
-
-
-class PendingInfo(Struct, frozen=True, gc=False):
-    """An event that is delivered and not settled."""
-
-    position: Position
-    consumer: str
-    """Empty while it waits."""
-    attempt: int
-    due_ms: int | None
-    """When its next attempt is due; None while somebody works on it."""
-
-
-class DeadLetter(Struct, frozen=True, gc=False):
-    """An event given up for one group."""
-
-    stream: str
-    group: str
-    stored: Stored
-    """The event and its position; an entry that is no event has an empty type, and a preview as its data."""
-    reason: str
-    """`failed`, `rejected`, `never`, `crashed`, `unknown type`, `undecodable`."""
-    error: str
-    attempts: int
-    died_ms: int
-    ref: str
-    """Where the broker keeps it: opaque."""
-
-
-class ParkedKey(Struct, frozen=True, gc=False):
-    """A key of an ordered group whose events wait behind one that failed."""
-
-    stream: str
-    group: str
-    partition: int
-    key: str
-    """Of an event without a key: NUL and its offset."""
-    events: int
-    first: Position
-    attempts: int
-    """Of the first event."""
-    due_ms: int | None
-    """When that is tried again; None while the key waits for a person."""
-    error: str
-    since_ms: int
-    """When the key was parked."""
-
-
-class Admin(Protocol):
-    """What people and monitoring look through. Nothing here needs the code of an app."""
-
-    async def streams(self) -> list[StreamInfo]:
-        """All declared streams, by name."""
-        ...
-
-    async def groups(self, stream: str) -> list[GroupInfo]:
-        """All groups of a stream, by name. Empty for an unknown stream."""
-        ...
-
-    async def pending(self, stream: str, group: str, limit: int) -> list[PendingInfo]:
-        """The oldest pending events of each partition."""
-        ...
-
-    async def dead(self, stream: str, group: str, after: str = "", limit: int = 100) -> list[DeadLetter]:
-        """Dead letters in the order of their references, behind `after`."""
-        ...
-
-    async def replay(self, letters: Sequence[DeadLetter]) -> list[bool]:
-        """Give dead letters back to their own group, attempts counted anew; False where the letter or its event is gone."""
-        ...
-
-    async def give(self, stream: str, group: str, events: Sequence[Stored]) -> int:
-        """Let a group handle events of its stream once more, attempts counted anew; how many were given.
-
-        Those that it has not settled yet are left out, since they come anyway; so nothing is given twice while it waits. In
-        an ordered group, events of a key come in the order in which they stand here, behind all that is parked of the key;
-        without order, one that is gone from the stream is left out too. Settled is what is stored as settled: a member of an
-        ordered group stores every few seconds what it has settled behind an event that still runs. When it raises, some may
-        have been given: give the same again. Raises `BrokerRefused` for an unknown group.
-        """
-        ...
-
-    async def drop(self, letters: Sequence[DeadLetter]) -> list[bool]:
-        """Discard dead letters for ever; False where the letter is gone."""
-        ...
-
-    async def adopt(self, stream: str, group: str, owner: str) -> None:
-        """Make another app the owner of a group; it keeps its place."""
-        ...
-
-    async def keys(self, stream: str, group: str, limit: int = 100) -> list[ParkedKey]:
-        """The keys that wait, those that were parked first first."""
-        ...
-
-    async def parked(self, key: ParkedKey, limit: int = 100) -> list[Stored]:
-        """The events that wait of a key, in order."""
-        ...
-
-    async def release_keys(self, keys: Sequence[ParkedKey]) -> list[bool]:
-        """Let keys be tried at once, attempts counted anew; False where nothing is parked any more."""
-        ...
-
-    async def drop_keys(self, keys: Sequence[ParkedKey]) -> list[int]:
-        """Discard all that is parked of these keys, for ever; how many events each."""
-        ...
-
-    async def seek(self, stream: str, group: str, start: Start, *, live: bool = False) -> None:
-        """Move a group to another place. Events behind it come (again), whatever became of them; dead letters stay.
-
-        What is pending, or parked, behind that place is forgotten, since it comes again; in an ordered group, what is parked
-        before it stays. Raises `BrokerRefused` for an unknown group, and for one with members, unless `live`: then these
-        lose what they hold.
-        """
-        ...
-
-    async def forget(self, stream: str, group: str) -> None:
-        """Delete a group with all that it has: its place, what waits, its dead letters. Raises `BrokerRefused` as `seek`."""
-        ...
-
-
 class Broker(Protocol):
     """A place that keeps events."""
 
@@ -415,15 +156,37 @@ class Broker(Protocol):
         """Give up all connections. Consumers are closed before."""
         ...
 
-    async def declare(self, stream: StreamSpec) -> None:
-        """Create the stream, or compare it with what is recorded: `StreamMismatch`."""
+    async def declare(self, stream: StreamSpec, policy: Policy | None = None) -> Policy:
+        """Create the stream, or compare it with what is recorded: `StreamMismatch`. Returns the policy that holds.
+
+        That is the one given where the stream is new, else the one that is recorded, whatever is given. Raises
+        `NotSupported` for one that it cannot carry out.
+        """
         ...
 
     async def append(self, stream: str, records: Sequence[Record], confirm: Confirm = "memory") -> list[Position]:
         """Store records of a declared stream, in order within each partition, not atomically across them.
 
+        One with `due_ms` is kept aside, and gets its place when it falls due: until then its offset is `LATER`. One whose id
+        is remembered, as the stream's policy asks, is not stored again: its position is that of the first one.
+
         Raises `BrokerFull`, `BrokerDown` or `BrokerRefused` when nothing was stored; `Unconfirmed`, whose `results` say
-        what is known of each record, when some are stored or in doubt.
+        what is known of each record, when some are stored or in doubt; also when they are stored, and not confirmed at the
+        level that was asked for.
+        """
+        ...
+
+    async def append_slot(self, stream: str, slot: Slot, record: Record | None) -> bool:
+        """Store the event of one slot of a schedule, and that it was, in one step; without a record, pass the slot over.
+
+        False, and nothing is stored, when this slot or a later one was there already. Safe to repeat. Raises as `append`.
+        """
+        ...
+
+    async def tend(self, stream: str) -> Tended:
+        """One round of housekeeping: publish what has fallen due, remove what may go, count what is lost.
+
+        Any process may do so at any time; of several at once one does each thing.
         """
         ...
 
@@ -440,6 +203,10 @@ class Broker(Protocol):
 
     async def wait(self, stream: str, after: Mapping[int, Position | None], wait_s: float) -> None:
         """Return when there may be an event behind one of these positions, or the time is up."""
+        ...
+
+    async def create(self, subscription: Subscription) -> None:
+        """Make a group, if it is new, without joining it: from now on it gets every event. Raises `GroupOwned`."""
         ...
 
     async def subscribe(self, subscription: Subscription) -> Consumer:

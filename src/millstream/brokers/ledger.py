@@ -160,6 +160,8 @@ class Committed(Struct, frozen=True, gc=False):
     emptied: frozenset[str] = frozenset()
     """Of the keys of its `Pop`s, those of which nothing is parked any more."""
     events_parked: int = 0
+    why: str = ""
+    """Of one that is FULL: what is full, and what to do."""
 
 
 class Head(Struct, frozen=True, gc=False):

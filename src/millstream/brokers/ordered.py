@@ -405,12 +405,13 @@ class OrderedConsumer:
     async def _commit(self, windows: Iterable[Window]) -> None:
         """Store what there is to store of these windows; raises `BrokerFull` after all that needs no room was stored."""
         async with self._committing:
-            full: list[Window] = []
+            full: dict[Window, str] = {}
             todo = [window for window in windows if self._has(window)]
             while todo:
                 todo = await self._commit_once(todo, full)
             if full:
-                raise BrokerFull(f"no room for outputs or dead letters of group {self._subscription.group!r}")
+                why = next(filter(None, full.values()), "the broker takes no more")
+                raise BrokerFull(f"no room for outputs or dead letters of group {self._subscription.group!r}: {why}")
 
     def _rouse(self, windows: Iterable[Window]) -> None:
         """Wake a fetch that waits for what is there now: an event, a head, or room to read more."""
@@ -420,7 +421,7 @@ class OrderedConsumer:
                 self._wake()
                 return
 
-    async def _commit_once(self, windows: Sequence[Window], full: list[Window]) -> list[Window]:
+    async def _commit_once(self, windows: Sequence[Window], full: dict[Window, str]) -> list[Window]:
         ledger = await self._living()
         made = [(window, window.commit(room=window not in full)) for window in windows]
         commits = [(window, commit) for window, commit in made if commit is not None]
@@ -446,6 +447,6 @@ class OrderedConsumer:
             elif answer.state is State.FULL:
                 if window in full:
                     continue  # there is no room for anything at all
-                full.append(window)
+                full[window] = answer.why
             again.append(window)
         return [window for window in again if self._has(window)]

@@ -30,7 +30,6 @@ from msgspec.structs import replace
 
 from millstream.brokers.base import Claim, Dead, Done, Later, Outcome, Output, Position, Settlement
 from millstream.brokers.ledger import (
-    NEEDS_ROOM,
     Bury,
     Commit,
     Committed,
@@ -43,6 +42,7 @@ from millstream.brokers.ledger import (
     Pop,
     State,
 )
+from millstream.brokers.portion import Portion
 
 WINDOW = 2_048  # events from the first that is not settled to the last that was read
 
@@ -265,19 +265,21 @@ class Window:
     def commit(self, *, room: bool = True) -> Commit | None:
         """What is to be stored now; None when there is nothing. The same again until it is answered.
 
-        Without `room`, what a full broker would refuse stays out, and so do the events that it belongs to.
+        Without `room`, what a full broker would refuse stays out, and so do the events that it belongs to. With it, the
+        outputs and dead letters of so many events come in as one commit takes: of one at least, for they are never parted.
         """
         if self._sending is not None:
             return self._sending.commit
         if self.catching_up:
             return None
-        passed = list(takewhile(lambda slot: _coverable(slot, room), self._slots.values()))
+        portion = Portion(room=room)
+        passed = list(takewhile(lambda slot: _coverable(slot, portion), self._slots.values()))
         covered = [slot for slot in passed if slot.phase is Phase.SETTLED]
-        heads = [ended for ended in self._ended if room or not _needs_room(ended.effects)]
+        heads = [ended for ended in self._ended if portion.takes(ended.effects)]
         w = passed[-1].offset if passed else self.w
         h, opened = self._still_ahead(w, passed)
         if left := self._uncovered - len(covered):
-            h, opened, ahead = _ahead(islice(self._slots.values(), len(passed), None), left, h, room)
+            h, opened, ahead = _ahead(islice(self._slots.values(), len(passed), None), left, h, portion)
             covered += ahead
         if not (passed or heads or covered):
             return None
@@ -427,14 +429,14 @@ def keyless(offset: str) -> str:
     return f"\0{offset}"
 
 
-def _ahead(slots: Iterable[Slot], left: int, before: str, room: bool) -> tuple[str, Sequence[str], list[Slot]]:
+def _ahead(slots: Iterable[Slot], left: int, before: str, portion: Portion) -> tuple[str, Sequence[str], list[Slot]]:
     """`h`, `open`, and the settled events that they cover; `left` are settled, and `h` stays no less than `before`."""
     h, opened, covered = "", 0, list[Slot]()
     unsettled: list[str] = []
     # Of these keys nothing goes past an event that stays open, or a crash would turn the two around.
     keys = set[str]()
     for slot in slots:
-        if slot.phase is not Phase.COVERED and (slot.key in keys or not _coverable(slot, room)):
+        if slot.phase is not Phase.COVERED and (slot.key in keys or not _coverable(slot, portion)):
             left -= slot.phase is Phase.SETTLED
             unsettled.append(slot.offset)
             keys.add(slot.key)
@@ -450,12 +452,8 @@ def _ahead(slots: Iterable[Slot], left: int, before: str, room: bool) -> tuple[s
     return h, unsettled[:opened], covered
 
 
-def _coverable(slot: Slot, room: bool) -> bool:
-    return slot.phase is Phase.COVERED or (slot.phase is Phase.SETTLED and (room or not _needs_room(slot.effects)))
-
-
-def _needs_room(effects: Iterable[Effect]) -> bool:
-    return any(isinstance(effect, NEEDS_ROOM) for effect in effects)
+def _coverable(slot: Slot, portion: Portion) -> bool:
+    return slot.phase is Phase.COVERED or (slot.phase is Phase.SETTLED and portion.takes(slot.effects))
 
 
 def _end_of_head(head: Head, outcome: Outcome, outputs: Sequence[Output]) -> _Ended:

@@ -4,30 +4,40 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from datetime import datetime
 from heapq import heapify, heappop, heappush
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import click
 
-from millstream.brokers.base import Broker, Position, Stored, StreamInfo
+from millstream.brokers.base import Broker, Confirm, Position, Stored, StreamInfo
 from millstream.cli import show, target
 from millstream.cli.lines import Lines, Unreadable
 from millstream.cli.main import DONE, INTERRUPTED, PART, Command, Given
 from millstream.cli.outlet import MAX_LINE_BYTES, Draft, Outlet, Unfit, field, outlet, pair, read_line
 from millstream.cli.show import Output
 from millstream.cli.target import Interrupt, Target
-from millstream.errors import BrokerError, Unconfirmed
-from millstream.units import MAX_APPEND_RECORDS
+from millstream.errors import BadSetting, BrokerError, Unconfirmed
+from millstream.units import MAX_APPEND_RECORDS, seconds
 
 PAGE = 200  # events that `tail` reads at once from each partition
 LAST = 10  # events that `tail` shows when nothing says where to begin
 WAIT_S = 1.0  # `tail --follow` asks again at least so often
-BACK_MS = (
-    1_000,
-    60_000,
-    3_600_000,
-    86_400_000,
-)  # how far back the last events are looked for, before from the beginning
+# How far back the last events are looked for, before from the beginning.
+BACK_MS = (1_000, 60_000, 3_600_000, 86_400_000)
+
+
+def _due(context: click.Context, option: click.Parameter, value: str | None) -> datetime | str | None:
+    """A time, local without a zone; or how long from now."""
+    if value is None:
+        return None
+    with suppress(BadSetting):
+        seconds(value)
+        return value
+    with suppress(ValueError):
+        return datetime.fromisoformat(value).astimezone()
+    raise click.BadParameter(f"{value!r} is not a time: write 5m (from now) or 2026-08-01T12:00Z.", context, option)
 
 
 @click.command(cls=Command)
@@ -45,6 +55,15 @@ BACK_MS = (
 @click.option("--key", metavar="KEY", help="In place of the stream's own key.")
 @click.option("--id", "identity", metavar="ID", help="Unique; without this, Millstream makes one.")
 @click.option("--header", "headers", multiple=True, metavar="K=V", help="Travels beside the event; may be repeated.")
+@click.option(
+    "--due",
+    metavar="TIME",
+    callback=_due,
+    help="Publish it in 5m, or at 2026-08-01T12:00Z; until then it is kept aside.",
+)
+@click.option(
+    "--confirm", type=click.Choice(get_args(Confirm)), help="How far it has come when this ends; else as declared."
+)
 @click.pass_obj
 def publish(
     given: Given,
@@ -56,6 +75,8 @@ def publish(
     key: str | None,
     identity: str | None,
     headers: tuple[str, ...],
+    due: datetime | str | None,
+    confirm: Confirm | None,
 ) -> int:
     """Publish one event, or JSON lines.
 
@@ -73,11 +94,13 @@ def publish(
             raise click.UsageError("Publish what? Give TYPE and fields, or --file.")
         data = dict(field(word) for word in fields)
         draft = Draft(kind, data, identity, key, dict(pair(header, "header") for header in headers))
-        return target.run(lambda: _publish_one(target.find(given), stream, draft))
-    if kind or key or identity or headers:
-        raise click.UsageError("With --file, each line gives its own type, key, id and headers.")
+        return target.run(lambda: _publish_one(target.find(given), stream, draft, due, confirm))
+    if kind or key or identity or headers or due:
+        raise click.UsageError(
+            "With --file, each line gives its own type, key, id and headers; and none is --due later."
+        )
     with Lines(path) as lines:
-        return target.run(lambda: _Load(lines, from_line).run(target.find(given), stream))
+        return target.run(lambda: _Load(lines, from_line, confirm).run(target.find(given), stream))
 
 
 @click.command(cls=Command)
@@ -118,9 +141,11 @@ def tail(
     target.run(lambda: _tail(target.find(given), stream, look, output))
 
 
-async def _publish_one(meant: Target, stream: str, draft: Draft) -> int:
-    async with outlet(meant, stream) as out:
-        event = out.fit(draft, words=True)
+async def _publish_one(
+    meant: Target, stream: str, draft: Draft, due: datetime | str | None, confirm: Confirm | None
+) -> int:
+    async with outlet(meant, stream, confirm) as out:
+        event = out.fit(draft, words=True, due=due)
         position = (await out.store([event]))[0]
     click.echo(f"{position}  {event.id}")
     return DONE
@@ -129,8 +154,9 @@ async def _publish_one(meant: Target, stream: str, draft: Draft) -> int:
 class _Load:
     """Publishing the lines of a file. Whatever ends it, it says with which line to go on."""
 
-    def __init__(self, lines: Lines, from_line: int) -> None:
+    def __init__(self, lines: Lines, from_line: int, confirm: Confirm | None) -> None:
         self._lines = lines
+        self._confirm = confirm
         self._next = from_line
         self._stored = 0
         self._trouble = ""
@@ -143,7 +169,7 @@ class _Load:
             return await self._run(meant, stream)
 
     async def _run(self, meant: Target, stream: str) -> int:
-        async with outlet(meant, stream) as out:
+        async with outlet(meant, stream, self._confirm) as out:
             progress = show.Progress("publishing", "event", meant.clock)
             try:
                 with progress:

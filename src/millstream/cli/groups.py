@@ -25,6 +25,7 @@ COLUMNS = (
     Column("WAITING", "scheduled", show.count),
     Column("DEAD", "dead", show.count),
     Column("DONE", "done", show.count),
+    Column("LOST", "lost", show.some, rare=True),
 )
 _LINES = (
     Column("group", "name"),
@@ -38,6 +39,8 @@ _LINES = (
     Column("dead letters", "dead", show.count),
     Column("replayed", "replayed", show.count),
     Column("dropped", "dropped", show.count),
+    Column("lost", "lost", show.count),
+    Column("last seen", "seen_ms", show.moment),
 )
 _PENDING = (
     Column("PENDING", "position"),

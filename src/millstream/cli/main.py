@@ -32,11 +32,12 @@ COMMANDS = {
     "run": ("run", "Run the handlers of an app."),
     "publish": ("events", "Publish one event, or JSON lines."),
     "tail": ("events", "Show the events of a stream."),
-    "stream": ("streams", "List streams, show one."),
+    "stream": ("streams", "List streams; show, change or drop one."),
     "group": ("groups", "List groups; show, adopt, move or forget one."),
     "dead": ("dead", "Dead letters: list, show, replay, drop."),
     "key": ("keys", "Keys that wait: list, show, release, drop."),
     "replay": ("replay", "Let one group see events again."),
+    "schedule": ("schedules", "List schedules, run one now."),
 }
 """Each command: its module in this folder, and what `--help` says about it."""
 
@@ -45,7 +46,7 @@ DONE, PART, USAGE, BROKER, REFUSED, FAULT, INTERRUPTED = 0, 1, 2, 3, 4, 70, 130
 EXIT_CODES = {
     DONE: "done",
     PART: "done in part, or found something",
-    USAGE: "wrong usage; unknown app, stream, group, key or dead letter; unusable event or setting",
+    USAGE: "wrong usage; unknown app, stream, group, key, schedule or dead letter; unusable event or setting",
     BROKER: "the broker cannot be reached, or refused us",
     REFUSED: "refused to act: not confirmed, a group that runs or would skip events, StreamMismatch, GroupOwned",
     FAULT: "a fault of Millstream",

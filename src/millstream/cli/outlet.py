@@ -10,7 +10,7 @@ from typing import Any, NoReturn, Protocol
 import msgspec
 
 from millstream.app import App
-from millstream.brokers.base import Broker, Position, Record, StreamSpec
+from millstream.brokers.base import Broker, Confirm, Position, Record, StreamSpec
 from millstream.cli import show, target
 from millstream.cli.main import Mistake
 from millstream.cli.target import Target
@@ -18,8 +18,9 @@ from millstream.clock import Clock
 from millstream.delivery import Envelope
 from millstream.errors import BrokerError, MillstreamError, Unconfirmed
 from millstream.event import field_names
+from millstream.publisher import check_confirm, due_ms
 from millstream.stream import Stream
-from millstream.units import MAX_EVENT_BYTES, MAX_HEADERS_BYTES, MAX_ID_CHARS, MAX_KEY_BYTES, MAX_TYPE_CHARS
+from millstream.units import MAX_EVENT_BYTES, MAX_HEADERS_BYTES, MAX_ID_CHARS, MAX_KEY_BYTES, MAX_TYPE_CHARS, Duration
 from millstream.wire import codec
 from millstream.wire.partition import partition_of
 
@@ -60,7 +61,7 @@ class Outlet(Protocol):
         """The names of a type's fields, as far as they are known."""
         ...
 
-    def fit(self, draft: Draft, *, words: bool = False) -> Any:
+    def fit(self, draft: Draft, *, words: bool = False, due: datetime | Duration | None = None) -> Any:
         """What `store` takes; it has an `id`. `words`: values may be text that a field's type converts. Raises `Unfit`."""
         ...
 
@@ -70,26 +71,28 @@ class Outlet(Protocol):
 
 
 @asynccontextmanager
-async def outlet(meant: Target, name: str) -> AsyncIterator[Outlet]:
-    """Where events of this stream go, open. Raises `Mistake` for an unknown stream."""
+async def outlet(meant: Target, name: str, confirm: Confirm | None = None) -> AsyncIterator[Outlet]:
+    """Where events of this stream go, open. Raises `Mistake` for an unknown stream, `NotSupported` for `confirm`."""
     declared = meant.stream(name)
     if meant.app is not None and declared is not None:
         async with meant.app:
-            yield _Typed(meant.app, declared)
+            yield _Typed(meant.app, declared, confirm)
         return
     async with meant.opened() as broker:
         info = await target.find_stream(broker, name, meant)
         if meant.app is not None:
             show.note(f"{meant.app.name} does not declare {name!r}: events are stored as they are")
-        yield _Raw(broker, info.spec, meant.clock)
+        check_confirm(broker, confirm or "memory", f"stream {name!r}")
+        yield _Raw(broker, info.spec, meant.clock, confirm or "memory")
 
 
 class _Typed:
     """Events of a stream that an app declares."""
 
-    def __init__(self, app: App, stream: Stream[Any]) -> None:
+    def __init__(self, app: App, stream: Stream[Any], confirm: Confirm | None) -> None:
         self._app = app
         self._stream = stream
+        self._confirm = confirm
         self._decoders = {name: codec.decoder(cls) for name, cls in stream.types.items()}
         self._encoders = {name: codec.encoder(cls) for name, cls in stream.types.items()}
 
@@ -97,7 +100,7 @@ class _Typed:
         """As its class says."""
         return field_names(self._stream.types.get(kind, object)) or ()
 
-    def fit(self, draft: Draft, *, words: bool = False) -> Envelope[Any]:
+    def fit(self, draft: Draft, *, words: bool = False, due: datetime | Duration | None = None) -> Envelope[Any]:
         """Make the event, as its class."""
         cls = self._stream.types.get(draft.type)
         if cls is None:
@@ -110,28 +113,29 @@ class _Typed:
         except (MillstreamError, ValueError) as error:
             _unfit(str(error))
         _check(draft, key, data)
-        envelope = Envelope(event, id=draft.id or self._app.clock.new_id(), key=key, headers=draft.headers)
+        envelope = Envelope(event, id=draft.id or self._app.clock.new_id(), key=key, headers=draft.headers, due=due)
         envelope.time_ms = draft.time_ms
         return envelope
 
     async def store(self, events: Sequence[Envelope[Any]]) -> Sequence[Position]:
         """Through the app."""
-        return await self._app.publish_many(events, to=self._stream)
+        return await self._app.publish_many(events, to=self._stream, confirm=self._confirm)
 
 
 class _Raw:
     """Events of a stream of which only the broker knows."""
 
-    def __init__(self, broker: Broker, spec: StreamSpec, clock: Clock) -> None:
+    def __init__(self, broker: Broker, spec: StreamSpec, clock: Clock, confirm: Confirm) -> None:
         self._broker = broker
         self._spec = spec
         self._clock = clock
+        self._confirm = confirm
 
     def fields(self, kind: str) -> Collection[str]:
         """Unknown."""
         return ()
 
-    def fit(self, draft: Draft, *, words: bool = False) -> Record:
+    def fit(self, draft: Draft, *, words: bool = False, due: datetime | Duration | None = None) -> Record:
         """Make the record."""
         if not 0 < len(draft.type) <= MAX_TYPE_CHARS or not draft.type.isprintable():
             _unfit(f"{draft.type[:50]!r} cannot name a type: 1 to {MAX_TYPE_CHARS} printable characters")
@@ -140,12 +144,13 @@ class _Raw:
         id_ = draft.id or self._clock.new_id()
         partition = partition_of(id_ if key is None else key, self._spec.partitions)
         headers = msgspec.json.encode(draft.headers) if draft.headers else b""
-        return Record(partition, id_, draft.type, data, key, draft.time_ms, headers, None, draft.source)
+        at_ms = None if due is None else due_ms(due, self._broker, self._clock)
+        return Record(partition, id_, draft.type, data, key, draft.time_ms, headers, at_ms, draft.source)
 
     async def store(self, events: Sequence[Record]) -> Sequence[Position]:
         """Straight to the broker; what fails is told as `App.publish_many` tells it."""
         try:
-            return await self._broker.append(self._spec.name, events)
+            return await self._broker.append(self._spec.name, events, self._confirm)
         except Unconfirmed as error:
             answers = list(zip(events, error.results, strict=True))
             doubtful = [event for event, result in answers if not isinstance(result, Position)]

@@ -15,7 +15,9 @@ from millstream.cli.main import DONE, PART, Command, Given, Mistake, innermost
 from millstream.cli.show import Column, Output
 from millstream.demo.app import DEFAULT_SPEED, DemoOptions, Summary, play
 from millstream.errors import MillstreamError
+from millstream.handlers.router import Router
 from millstream.units import seconds
+from millstream.worker.schedule import schedules
 from millstream.worker.supervisor import is_child
 
 MAX_WORKERS = 256  # processes of one machine
@@ -101,7 +103,7 @@ def demo(given: Given, events: int, speed: str, keep: bool, output: Output) -> i
 def _chosen(app: App, only: tuple[str, ...]) -> frozenset[str]:
     """The names of the groups to run; empty for all."""
     groups = app.groups()
-    if not groups and not app.listeners():
+    if not groups and not app.listeners() and all(isinstance(part, Router) for part in app.parts()):
         raise Mistake(f"{app.name} has no handlers: give App(…, include=[router]) a router with subscribers.")
     names = {name: group.name for group in groups for name in (group.name, f"{group.stream.name}/{group.name}")}
     wanted = [name for name in ",".join(only).split(",") if name]
@@ -120,6 +122,8 @@ def _say_what_runs(app: App, chosen: frozenset[str]) -> None:
         show.note(
             f"listener {listener.signature.name} of {listener.stream.name}: {', '.join(listener.signature.types)}"
         )
+    for schedule in schedules(app.parts()):
+        show.note(f"schedule {schedule.name}: {schedule.timetable.line} to {schedule.stream.name}")
 
 
 def _speed(text: str) -> float | None:

@@ -29,6 +29,7 @@ Output: TypeAlias = Literal["table", "json", "jsonl"]
 Row: TypeAlias = Mapping[str, Any]
 """Field names are those of the public API; values are what JSON can hold."""
 
+NOTHING = "-"  # where there is nothing to show
 LINE_S = 3.0  # between two lines of progress where there is no terminal
 PICTURE_S = 0.1
 _GAP = 2  # between two columns
@@ -51,6 +52,11 @@ def count(value: int | None) -> str:
     return "?" if value is None else f"{value:,}"
 
 
+def some(value: int) -> str:
+    """A number that is mostly 0, which then needs no attention."""
+    return f"{value:,}" if value else NOTHING
+
+
 def size(value: int | None) -> str:
     """Bytes, for people."""
     if value is None:
@@ -65,7 +71,7 @@ def size(value: int | None) -> str:
 
 def moment(value_ms: int | None) -> str:
     """A local time, for people."""
-    return "-" if value_ms is None else f"{datetime.fromtimestamp(value_ms / 1000):%Y-%m-%d %H:%M:%S}"
+    return NOTHING if value_ms is None else f"{datetime.fromtimestamp(value_ms / 1000):%Y-%m-%d %H:%M:%S}"
 
 
 def local(value: str | None) -> str:
@@ -102,7 +108,7 @@ def span(seconds: float) -> str:
 
 def text(value: Any) -> str:
     """Anything on one line; what could steer a terminal is taken out."""
-    words = "-" if value is None or value == "" else str(value)
+    words = NOTHING if value is None or value == "" else str(value)
     return words if words.isprintable() else "".join(c if c.isprintable() else " " for c in words)
 
 
@@ -134,11 +140,13 @@ class Column(NamedTuple):
     """Cut when the terminal is too narrow: one column at most."""
     spare: bool = False
     """Left out when the terminal is too narrow for it."""
+    rare: bool = False
+    """Left out of a table in which nobody has anything there."""
 
     @property
     def right(self) -> bool:
         """Numbers stand right."""
-        return self.form in (count, size)
+        return self.form in (count, some, size)
 
 
 def rows(items: Sequence[Row], columns: Sequence[Column], output: Output, *, err: bool = False) -> None:
@@ -372,6 +380,11 @@ def _json(data: bytes) -> Any:
 
 
 def _table(items: Sequence[Row], columns: Sequence[Column], err: bool) -> None:
+    columns = [
+        column
+        for column in columns
+        if not column.rare or any(column.form(item.get(column.field)) != NOTHING for item in items)
+    ]
     cells = [[column.form(item.get(column.field)) for column in columns] for item in items]
     if is_terminal(sys.stderr if err else sys.stdout):
         _draw_table(cells, columns, err)

@@ -1,23 +1,37 @@
-"""`stream ls`, `stream show`."""
+"""`stream ls`, `stream show`, `stream apply`, `stream drop`."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import click
+import msgspec
+from msgspec.structs import replace
 
-from millstream.brokers.base import StreamInfo
-from millstream.cli import groups, show, target
-from millstream.cli.main import Given, Group
+from millstream.app import App
+from millstream.brokers.base import Broker, GroupInfo, Policy, StreamInfo
+from millstream.cli import groups, place, show, target
+from millstream.cli.main import Given, Group, Mistake, Refused
 from millstream.cli.show import Column, Output
+from millstream.publisher import in_words, policy_of
+from millstream.stream import Stream
+
+
+def _policy(fields: dict[str, Any]) -> str:
+    policy = Policy(**fields)
+    return show.NOTHING if policy == Policy() else in_words(policy)
+
 
 _COLUMNS = (
     Column("STREAM", "name", elastic=True),
     Column("PARTITIONS", "partitions", show.count),
     Column("KEY", "key"),
     Column("EVENTS", "events", show.count),
+    Column("DELAYED", "delayed", show.some, rare=True),
     Column("SIZE", "bytes", show.size),
     Column("LAST", "last_ms", show.lately),
+    Column("POLICY", "policy", _policy, spare=True, rare=True),
 )
 _LINES = (
     Column("stream", "name"),
@@ -25,8 +39,12 @@ _LINES = (
     Column("key", "key"),
     Column("codec", "codec"),
     Column("types", "types", lambda types: show.text(", ".join(types or ()))),
+    Column("policy", "policy", lambda fields: in_words(Policy(**fields))),
     Column("events", "events", show.count),
     Column("ever added", "added", show.count),
+    Column("delayed", "delayed", show.count),
+    Column("repeats dropped", "repeats", show.count),
+    Column("trimmed", "trimmed", show.count),
     Column("size", "bytes", show.size),
     Column("first", "first_ms", show.moment),
     Column("last", "last_ms", show.moment),
@@ -35,7 +53,7 @@ _LINES = (
 
 @click.group(cls=Group)
 def stream() -> None:
-    """List streams, show one."""
+    """List streams; show, change or drop one."""
 
 
 @stream.command()
@@ -53,6 +71,36 @@ def ls(given: Given, output: Output) -> None:
 def show_(given: Given, name: str, output: Output) -> None:
     """Show a stream, and the groups that consume it."""
     target.run(lambda: _show(given, name, output))
+
+
+@stream.command()
+@click.argument("names", nargs=-1, metavar="[STREAM]…")
+@click.option("--exact", is_flag=True, help="Also undo what is recorded and the app does not ask for.")
+@click.option("--plan", is_flag=True, help="Show what would be done, and stop.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.pass_obj
+def apply(given: Given, names: tuple[str, ...], exact: bool, plan: bool, yes: bool) -> None:
+    """Put the retention and dedupe that the app declares into force.
+
+    Of all its streams, or of these. They are recorded when a stream is first used, and hold for all who use it; a changed
+    declaration changes nothing until it is applied. What the app says nothing about stays as it is. Who uses the stream
+    learns of it within seconds.
+    """
+    target.run(lambda: _apply(given, names, exact, plan, yes))
+
+
+@stream.command()
+@click.argument("name", metavar="STREAM")
+@click.option("--plan", is_flag=True, help="Show what would be done, and stop.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.pass_obj
+def drop(given: Given, name: str, plan: bool, yes: bool) -> None:
+    """Delete a stream with all that it has.
+
+    That is: its events, the delayed ones too, its groups, their dead letters, its place in every schedule. Stop whatever
+    uses it before; an app that declares it makes it anew when it starts.
+    """
+    target.run(lambda: _drop(given, name, plan, yes))
 
 
 async def _list(given: Given, output: Output) -> None:
@@ -78,6 +126,119 @@ async def _show(given: Given, name: str, output: Output) -> None:
     if output == "table" and consumers:
         click.echo()
         show.rows([groups.fields(group) for group in consumers], groups.COLUMNS, output)
+    if declared is not None and _wanted(declared, info.policy) != info.policy:
+        show.note(f"the app declares another policy: `millstream stream apply {name}` shows and applies it")
+
+
+class _Change(NamedTuple):
+    """What is recorded of a stream, and what shall be."""
+
+    info: StreamInfo
+    policy: Policy
+
+
+async def _apply(given: Given, names: Sequence[str], exact: bool, plan: bool, yes: bool) -> None:
+    meant = target.find(given)
+    if meant.app is None:
+        raise Mistake("Apply the declarations of which app? Give --app shop.main:app.")
+    chosen = _chosen(meant.app, names)
+    async with meant.opened() as broker:
+        known = {info.spec.name: info for info in await broker.admin.streams()}
+        changes: list[_Change] = []
+        for declared in chosen:
+            if declared.name not in known:
+                show.note(f"{declared.name} is not there yet: its first event makes it as it is declared")
+                continue
+            info = known[declared.name]
+            policy = _wanted(declared, info.policy, exact=exact)
+            if policy != info.policy:
+                changes.append(_Change(info, policy))
+                await _tell_change(broker, changes[-1], meant.clock.now_ms())
+        if not changes:
+            show.note("nothing to do: what is declared holds")
+        if plan or not changes:
+            return
+        show.confirm(f"Apply this to {show.many(len(changes), 'stream')}?", yes=yes)
+        for change in changes:
+            await broker.admin.apply(change.info.spec.name, change.policy)
+            click.echo(f"{change.info.spec.name} has {in_words(change.policy)} now")
+
+
+async def _tell_change(broker: Broker, change: _Change, now_ms: int) -> None:
+    info, policy = change
+    name = info.spec.name
+    show.note(f"plan: {name} has {in_words(info.policy)}")
+    show.note(f"      {name} gets {in_words(policy)}")
+    excess = await _excess(broker, change, now_ms)
+    if excess:
+        then = "once their groups have settled them" if policy.keep else "and what groups have not settled is lost"
+        show.note(f"      about {excess:,} of its {show.many(info.events, 'event')} may go, {then}")
+    full = 0 < policy.ceiling_events <= info.events or 0 < policy.ceiling_bytes <= (info.bytes or 0)
+    if full:
+        show.note(f"      {name} is over that ceiling now: publishing is refused until it is below")
+
+
+async def _excess(broker: Broker, change: _Change, now_ms: int) -> int:
+    """About how many events are too old, or too many; of very many old ones, as many as a plan counts."""
+    info, policy = change
+    excess = [0]
+    if policy.age_ms:
+        ends = await broker.locate(info.spec.name, now_ms - policy.age_ms)
+        old = await place.between(broker, info.spec.name, dict.fromkeys(ends), ends)
+        excess.append(sum(old.counts.values()))
+    if policy.events:
+        excess.append(info.events - policy.events)
+    if policy.bytes and info.bytes:
+        excess.append(int(info.events * (1 - policy.bytes / info.bytes)))
+    return max(excess)
+
+
+async def _drop(given: Given, name: str, plan: bool, yes: bool) -> None:
+    meant = target.find(given)
+    async with meant.opened() as broker:
+        info = await target.find_stream(broker, name, meant)
+        consumers = await broker.admin.groups(name)
+        delayed = f", {show.many(info.delayed, 'delayed event')}" if info.delayed else ""
+        show.note(
+            f"plan: drop {name} with {show.many(info.events, 'event')}{delayed} and {show.many(len(consumers), 'group')}"
+        )
+        for group in consumers:
+            show.note(f"      group {group.group} of app {group.owner or show.NOTHING}: {_unfinished(group)}")
+            place.tell_consumers(group)
+        if plan:
+            return
+        running = [group.group for group in consumers if group.consumers]
+        if running:
+            raise Refused(f"{name} is consumed by {', '.join(running)}: stop these first")
+        show.confirm(f"Drop {name} for ever?", yes=yes)
+        await broker.admin.discard(name)
+    click.echo(f"{name} is dropped")
+
+
+def _unfinished(group: GroupInfo) -> str:
+    lag = "an unknown number of events" if group.lag is None else show.many(group.lag, "event")
+    return f"{lag} before the end, {show.many(group.pending, 'pending event')}, {show.many(group.dead, 'dead letter')}"
+
+
+def _chosen(app: App, names: Sequence[str]) -> list[Stream[Any]]:
+    declared = app.all_streams()
+    unknown = [name for name in names if name not in declared]
+    if unknown:
+        raise Mistake(f"{app.name} has no stream {unknown[0]!r}; it has: {', '.join(sorted(declared)) or 'none'}.")
+    return [found for name, found in sorted(declared.items()) if not names or name in names]
+
+
+def _wanted(declared: Stream[Any], recorded: Policy, *, exact: bool = False) -> Policy:
+    """What shall hold: the declaration, and where it says nothing, what is recorded."""
+    asked = policy_of(declared)
+    if exact:
+        return asked
+    silent = {
+        name: getattr(recorded, name)
+        for name in Policy.__struct_fields__
+        if (declared.dedupe if name.startswith("dedupe_") else declared.retention) is None
+    }
+    return replace(asked, **silent)
 
 
 def fields(info: StreamInfo) -> dict[str, Any]:
@@ -93,4 +254,8 @@ def fields(info: StreamInfo) -> dict[str, Any]:
         "bytes": info.bytes,
         "first_ms": info.first_ms,
         "last_ms": info.last_ms,
+        "policy": msgspec.structs.asdict(info.policy),
+        "delayed": info.delayed,
+        "repeats": info.repeats,
+        "trimmed": info.trimmed,
     }

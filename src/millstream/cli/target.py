@@ -25,7 +25,7 @@ from millstream.brokers.urls import broker_for, mask
 from millstream.cli.main import Given, Mistake
 from millstream.clock import Clock
 from millstream.errors import BadHandler, BadSetting, ConfigError
-from millstream.publisher import spec_of
+from millstream.publisher import policy_of, spec_of
 from millstream.settings import Settings
 from millstream.stream import Position, Stream
 from millstream.telemetry import Telemetry
@@ -139,7 +139,7 @@ async def find_stream(broker: Broker, name: str, meant: Target, *, make: bool = 
     declared = meant.stream(name)
     known = {info.spec.name: info for info in await broker.admin.streams()}
     if name not in known and declared is not None and make:
-        await broker.declare(spec_of(declared))
+        await broker.declare(spec_of(declared), policy_of(declared))
         known = {info.spec.name: info for info in await broker.admin.streams()}
     if name in known:
         return known[name]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any, Protocol, TypeVar
 
+from millstream.brokers.base import Broker, Confirm
+from millstream.clock import Clock
 from millstream.errors import BadHandler, BadSetting, BadStream
 from millstream.handlers import signature
 from millstream.handlers.subscriber import NEVER, Middleware, Order, StartAt, Subscriber
 from millstream.retry import Batch, Retry
 from millstream.stream import Position, Stream
+from millstream.telemetry import Telemetry
 from millstream.units import MAX_CONCURRENCY, Duration, check_name, seconds
 
 H = TypeVar("H", bound=Callable[..., Any])
@@ -19,8 +22,42 @@ H = TypeVar("H", bound=Callable[..., Any])
 class Runtime(Protocol):
     """What a running app offers to its parts."""
 
-    async def publish(self, event: Any, *, to: Stream[Any] | None = None) -> Position:
+    @property
+    def broker(self) -> Broker:
+        """The broker, open."""
+        ...
+
+    @property
+    def clock(self) -> Clock:
+        """The time in which the app lives: in a test, virtual time."""
+        ...
+
+    @property
+    def telemetry(self) -> Telemetry:
+        """Where to tell what happens."""
+        ...
+
+    async def publish(self, event: Any, *, to: Stream[Any] | None = None, confirm: Confirm | None = None) -> Position:
         """As `App.publish`."""
+        ...
+
+    async def publish_many(
+        self,
+        events: Iterable[Any] | AsyncIterable[Any],
+        *,
+        to: Stream[Any] | None = None,
+        confirm: Confirm | None = None,
+    ) -> list[Position]:
+        """As `App.publish_many`."""
+        ...
+
+    async def publish_slot(self, event: Any, *, to: Stream[Any], schedule: str, at_ms: int) -> bool:
+        """Store the event of one slot of a schedule, once however often it is called; None passes the slot over.
+
+        The event's time is the slot's, its id comes from schedule and slot, its header `schedule` names the schedule. False
+        when this slot or a later one was there already. Raises `NotSupported` where the broker has no slots, and what
+        `Broker.append_slot` raises, at once: whoever keeps the schedule tries again.
+        """
         ...
 
 
@@ -122,6 +159,13 @@ class Router:
             if part is self or not all(hasattr(part, name) for name in ("subscribers", "streams", "running")):
                 raise BadHandler(f"{part!r} is not a part; include routers, or objects with the methods of Part")
             self._parts.append(part)
+
+    def parts(self) -> Iterable[Part]:
+        """All parts that are included, those of included routers too."""
+        for part in self._parts:
+            yield part
+            if isinstance(part, Router):
+                yield from part.parts()
 
     def subscribers(self) -> Iterable[Subscriber]:
         """All handlers, those of included parts too, with the defaults and the middleware that hold for them."""

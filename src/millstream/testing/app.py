@@ -29,7 +29,7 @@ from millstream.clock import Clock
 from millstream.delivery import Delivery, Envelope
 from millstream.errors import MillstreamError, WireError
 from millstream.stream import Position, Stream
-from millstream.telemetry import DEAD, HELD, LISTENER_FAILED, RETRIED
+from millstream.telemetry import DEAD, HELD, LISTENER_FAILED, RETRIED, SLOT_FAILED
 from millstream.testing.clock import VirtualClock
 from millstream.units import Duration, seconds
 from millstream.wire import codec
@@ -86,6 +86,7 @@ class TestApp:
         self._process: Process | None = None
         self._clock: Clock = Clock()
         self._stuck = 0
+        self._tended: tuple[int, ...] = ()
         self._places: dict[str, dict[int, Position | None]] = {}
         self._published: dict[str, list[Any]] = {}
         self._dead: dict[str, list[DeadLetter]] = {}
@@ -103,6 +104,8 @@ class TestApp:
             stack.callback(app.telemetry.listen(self._heard))
             await stack.enter_async_context(app.opened(broker=broker, clock=self._clock))
             self._process = await stack.enter_async_context(app._working(replacements=self._replace))
+            if isinstance(self._clock, VirtualClock):
+                self._process.janitor.only_when_asked()
             self._stack = stack.pop_all()
         return self
 
@@ -124,18 +127,20 @@ class TestApp:
         return position
 
     async def advance(self, by: Duration) -> None:
-        """Let virtual time pass: retries, batches and timeouts that fall due run in their order.
+        """Let virtual time pass: retries, batches, timeouts, delayed events and schedules come in their order.
 
         Raises what a handler raised, and `MillstreamError` on a real broker, whose time nobody can move.
         """
         if not isinstance(self._clock, VirtualClock):
             raise MillstreamError(f"time is real on {self._url}: advance() works with {MEMORY!r} only")
+        self._tended = ()
         await self._clock.advance(seconds(by))
         await self.idle()
 
     async def idle(self) -> None:
         """Return when everything that is due has been done. Raises what a handler raised."""
         if isinstance(self._clock, VirtualClock):
+            self._tended = ()
             await self._settled()
         else:
             await self._really_idle()
@@ -156,7 +161,15 @@ class TestApp:
         return list(self._dead[group])
 
     async def _settled(self) -> None:
-        """Wait until nothing more happens without time passing."""
+        """Wait until nothing more happens without time passing; the janitor has seen what was published for later."""
+        await self._quiet()
+        while self._process is not None and self._progress() != self._tended:
+            self._tended = self._progress()
+            self._process.janitor.ask()
+            await self._quiet()
+
+    async def _quiet(self) -> None:
+        """Wait until handlers rest, or hang."""
         before, quiet, waited_s = self._progress(), 0, 0.0
         while quiet < _QUIET_TURNS:
             await asyncio.sleep(0)  # noqa: TID251 - a turn of the loop takes no time
@@ -220,7 +233,7 @@ class TestApp:
         return letters
 
     def _heard(self, name: str, measurements: Mapping[str, Any]) -> None:
-        if name in (RETRIED, LISTENER_FAILED, DEAD, HELD):
+        if name in (RETRIED, LISTENER_FAILED, DEAD, HELD, SLOT_FAILED):
             error = measurements.get("exception")
             if isinstance(error, BaseException):
                 self._errors.append(error)

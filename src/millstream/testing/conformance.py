@@ -30,12 +30,32 @@ from millstream.clock import Clock
 
 pytest.register_assert_rewrite("millstream.testing.suite")  # before they are imported, or failures would not say why
 
-from millstream.testing.suite import claims, dead, liveness, order, outputs, people, streams, switch  # noqa: E402
+from millstream.testing.suite import (  # noqa: E402
+    ceiling,
+    claims,
+    dead,
+    dedupe,
+    delayed,
+    giving,
+    liveness,
+    losses,
+    order,
+    outputs,
+    people,
+    policies,
+    retention,
+    slots,
+    streams,
+    switch,
+)
 from millstream.testing.suite.trial import CONDITIONS, Place, Trial, trial  # noqa: E402
 
 __all__ = ["Conformance", "Place", "Trial"]
 
-SUBJECTS = (streams, claims, outputs, dead, liveness, order, switch, people)
+SUBJECTS = (
+    *(streams, policies, dedupe, delayed, slots, retention, losses, ceiling),
+    *(claims, outputs, dead, liveness, order, switch, people, giving),
+)
 TEST_S = 60.0  # a test takes a few seconds; what hangs must not hold up the others
 
 Test: TypeAlias = Callable[[Trial], Awaitable[None]]

@@ -26,7 +26,8 @@ from millstream.units import MAX_ERROR_CHARS, MAX_POSTPONED, seconds
 from millstream.wire import codec
 from millstream.worker.threads import Threads
 
-Stage: TypeAlias = Callable[[Delivery[Any], Any, Stream[Any] | None], Output]
+Stage: TypeAlias = Callable[[str, str, Delivery[Any], Any, Stream[Any] | None], Output]
+"""Makes an output of what a handler published: the stream and the group of its input, its delivery, what, and where to."""
 
 DONE = Done()
 _DEFAULT_RETRY = Retry()
@@ -58,6 +59,7 @@ class Route:
         self._never = tuple(self._retry.never)
         self._shop = shop
         self._clock = shop.clock
+        self._stage = partial(shop.stage, subscriber.stream.name, subscriber.group)
         signature = subscriber.signature
         self._event, self._delivery = signature.event, signature.delivery
         self._decode = {name: codec.decoder(cls) for name, cls in signature.types.items()}
@@ -178,7 +180,7 @@ class Route:
             claim.attempt,
             claim.attempt >= self._retry.attempts,
             None if timeout_s == float("inf") else self._clock.now_ms() + int(timeout_s * 1000),
-            self._shop.stage,
+            self._stage,
             claim.token,
         )
 

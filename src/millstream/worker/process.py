@@ -1,4 +1,4 @@
-"""One worker process: the workers and listeners of an app, started, drained and cut off together."""
+"""One worker process: the workers, listeners and the janitor of an app, started, drained and cut off together."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from millstream.settings import Settings
 from millstream.telemetry import Telemetry, logger
 from millstream.units import seconds
 from millstream.worker.call import Route, Shop, Stage, routes
+from millstream.worker.janitor import Janitor
 from millstream.worker.lanes import Gate
 from millstream.worker.listener import Listener
 from millstream.worker.threads import Threads
@@ -27,7 +28,8 @@ _LAST_WORD_S = 1.0  # after the grace: time to settle what did finish, before ev
 class Process:
     """All that handles events in this process."""
 
-    def __init__(self, workers: list[Worker], gate: Gate, settings: Settings, clock: Clock) -> None:
+    def __init__(self, workers: list[Worker], janitor: Janitor, gate: Gate, settings: Settings, clock: Clock) -> None:
+        self.janitor = janitor
         self._workers = workers
         self._gate = gate
         self._settings = settings
@@ -125,17 +127,18 @@ async def working(
             )
             for group, table in tables
         ]
-        process = Process(workers, gate, settings, clock)
+        janitor = Janitor(specs, broker, clock, telemetry)
+        process = Process(workers, janitor, gate, settings, clock)
         async with scope.entered(plans), asyncio.TaskGroup() as tasks:
             process.start(tasks)
             listeners = [Listener(subscriber, route, broker, gate, clock, telemetry) for subscriber, route in heard]
-            listening = [tasks.create_task(listener.run()) for listener in listeners]
+            endless = [tasks.create_task(run()) for run in (janitor.run, *(listener.run for listener in listeners))]
             try:
                 for joined in [w.joined for w in workers] + [listener.joined for listener in listeners]:
                     await joined.wait()  # what the block publishes must not lie before "now"
                 yield process
             finally:
-                for task in listening:
+                for task in endless:
                     task.cancel()
                 await process.drain()
 

@@ -1,6 +1,6 @@
 """The contract: a module that several services import."""
 
-from millstream import Event, Stream
+from millstream import Dedupe, Event, Retention, Stream
 
 
 class OrderPlaced(Event, type="order.placed"):
@@ -19,4 +19,11 @@ class Charged(Event, type="payment.charged"):
 
 
 orders = Stream("orders", OrderPlaced | OrderCancelled, key="order_id", partitions=8)
+payments_due = Stream(
+    "payments-due",
+    OrderPlaced,
+    retention=Retention(age="30d", events=1_000_000, unread="keep", forget="never", ceiling="2GB"),
+    dedupe=Dedupe("1h", ids=100_000),
+    confirm="fsync",
+)
 payments = Stream("payments", Charged, key=lambda event: event.order_id)

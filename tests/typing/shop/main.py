@@ -1,8 +1,10 @@
 """millstream run shop.main:app"""
 
+from datetime import UTC, datetime, timedelta
+
 from millstream import App, Envelope, Position, Unconfirmed
 from shop.billing import billing
-from shop.events import OrderCancelled, OrderPlaced, orders, payments
+from shop.events import OrderCancelled, OrderPlaced, orders, payments, payments_due
 
 app = App("shop", include=[billing], streams=[payments])  # MILLSTREAM_BROKER, else sqlite:///shop.db
 
@@ -16,6 +18,27 @@ async def cancel_all(order_ids: list[str]) -> list[Position]:
         return await app.publish_many([OrderCancelled(order_id=order_id) for order_id in order_ids], to=orders)
     except Unconfirmed as unconfirmed:
         return await app.publish_many(unconfirmed.envelopes)
+
+
+async def remind(order: OrderPlaced) -> None:
+    await app.publish_at(order, "2d", to=orders)
+    await app.publish_at(Envelope(order, id=order.order_id), datetime.now(UTC) + timedelta(days=2), confirm="fsync")
+    later: Position = await app.publish(Envelope(order, due=timedelta(minutes=5)), to=orders)
+    print(later.offset)
+
+
+def place_from_a_thread(order: OrderPlaced) -> str:  # a Django view, say
+    with app.blocking() as client:
+        try:
+            position: Position = client.publish(order, to=orders, confirm="replicated", timeout="5s")
+        except Unconfirmed as unconfirmed:
+            until: datetime | None = unconfirmed.retry_until
+            print(until, client.publish_many(unconfirmed.envelopes))
+            raise
+        client.publish(Envelope(order, id="o-1"))
+        client.publish_at(order, "5m")
+        total = sum(found.event.total for found in client.read(payments_due, since="now"))
+    return f"{position} {total}"
 
 
 async def totals() -> dict[str, int]:

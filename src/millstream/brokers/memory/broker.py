@@ -7,14 +7,14 @@
                         waiting until due ─fetch─► held, attempt + 1
 
 No method awaits while it changes something, so each is one step, and a cancelled one has done nothing. What is stored
-lasts as long as the broker object, belongs to this process alone, and is never trimmed: the only bound is its memory.
+lasts as long as the broker object, and belongs to this process alone; what a stream's policy does not bound, only its
+memory does.
 All time comes from the clock, so the whole of it runs under virtual time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby, islice
 from typing import TypeVar
 
 from millstream.brokers.base import (
@@ -22,32 +22,33 @@ from millstream.brokers.base import (
     Confirm,
     Consumer,
     Dead,
-    DeadLetter,
-    GroupInfo,
     Kept,
     Later,
-    ParkedKey,
-    PendingInfo,
+    Output,
+    Policy,
     Position,
     Record,
     Settlement,
+    Slot,
     Start,
     Stored,
-    StreamInfo,
     StreamSpec,
     Subscription,
+    Tended,
     Traits,
     check_declared,
     check_mode,
     check_owner,
 )
+from millstream.brokers.memory.admin import MemoryAdmin
 from millstream.brokers.memory.group import Group, Member
-from millstream.brokers.memory.log import Log
+from millstream.brokers.memory.log import Log, ordinal
 from millstream.brokers.memory.ordered import MemoryLedger, OrderedGroup
+from millstream.brokers.memory.tending import tend
 from millstream.brokers.ordered import OrderedConsumer
 from millstream.brokers.switching import subscribed
 from millstream.clock import Clock
-from millstream.errors import BrokerRefused, LeaseLost, NotSupported
+from millstream.errors import BrokerFull, BrokerRefused, LeaseLost, NotSupported
 from millstream.settings import Settings
 from millstream.telemetry import Telemetry
 from millstream.units import DEAD_FULL_S
@@ -60,7 +61,9 @@ LEAST_WAIT_S = 0.001  # due times are whole milliseconds: a shorter wait would s
 class MemoryBroker:
     """Keeps everything in this process, without a bound, for as long as this object lives."""
 
-    traits = Traits(order=True, delayed=False, atomic_outputs=True, confirms=frozenset({"memory"}), shared=False)
+    traits = Traits(
+        order=True, delayed=True, atomic_outputs=True, shared=False, dedupe=True, retention=True, slots=True
+    )
 
     def __init__(self, url: str, settings: Settings, clock: Clock, telemetry: Telemetry) -> None:
         self.url = url
@@ -75,9 +78,11 @@ class MemoryBroker:
     async def close(self) -> None:
         """Nothing to give up: what is stored stays with this object."""
 
-    async def declare(self, stream: StreamSpec) -> None:
+    async def declare(self, stream: StreamSpec, policy: Policy | None = None) -> Policy:
         """Create the stream, or compare it with what is recorded."""
-        check_declared(self.logs.setdefault(stream.name, Log(stream)).spec, stream, self.url)
+        log = self.logs.setdefault(stream.name, Log(stream, policy or Policy()))
+        check_declared(log.spec, stream, self.url)
+        return log.policy
 
     async def append(self, stream: str, records: Sequence[Record], confirm: Confirm = "memory") -> list[Position]:
         """Store the records: all or, when it raises, none."""
@@ -85,12 +90,27 @@ class MemoryBroker:
             raise NotSupported(f"{self.url} cannot confirm {confirm!r}: it keeps events in memory only")
         for record in records:
             self.check(stream, record)
-        return [self.store(stream, record) for record in records]
+        log, now_ms = self.log(stream), self.clock.now_ms()
+        log.check_room(records, now_ms)
+        return [log.store(record, now_ms) for record in records]
+
+    async def append_slot(self, stream: str, slot: Slot, record: Record | None) -> bool:
+        """Store the event of a slot, unless this one or a later one was there already."""
+        log = self.log(stream)
+        if slot.at_ms <= log.slots.get(slot.schedule, -1):
+            return False
+        if record is not None:
+            await self.append(stream, [record])
+        log.slots[slot.schedule] = slot.at_ms
+        return True
+
+    async def tend(self, stream: str) -> Tended:
+        """Publish what has fallen due, remove what may go, count what is lost."""
+        return tend(self.log(stream), self.clock)
 
     async def read(self, stream: str, partition: int, after: Position | None, limit: int) -> list[Stored]:
         """Up to `limit` events behind a position, in order; an empty list is the end."""
-        begin = _ordinal(after)
-        return self.log(stream).partition(partition)[begin : begin + limit]
+        return self.log(stream).behind(partition, ordinal(after), limit)
 
     async def locate(self, stream: str, start: Start) -> dict[int, Position | None]:
         """For each partition, the position behind which `read` begins."""
@@ -101,9 +121,20 @@ class MemoryBroker:
         """Return when there is an event behind one of these positions, or the time is up."""
         log = self.log(stream)
         until = self.clock.monotonic() + wait_s
-        while all(len(log.partition(partition)) <= _ordinal(position) for partition, position in after.items()):
+        while all(log.end(partition) <= ordinal(position) for partition, position in after.items()):
             if not await self.clock.wait(log.changed, max(0, until - self.clock.monotonic())):
                 return
+
+    async def create(self, subscription: Subscription) -> None:
+        """Make a group, if it is new, without joining it."""
+        await self.declare(subscription.stream)
+        log, name = self.log(subscription.stream.name), subscription.group
+        if name in log.groups:
+            check_owner(log.spec.name, name, log.groups[name].owner, subscription.owner)
+        elif subscription.order:
+            self.join(subscription, OrderedGroup)
+        else:
+            self.join(subscription, Group)
 
     async def subscribe(self, subscription: Subscription) -> Consumer:
         """Join a group, which is made if it is new."""
@@ -112,8 +143,9 @@ class MemoryBroker:
 
     def join(self, subscription: Subscription, kind: type[G]) -> G:
         """The group, which is made if it is new. Raises `GroupOwned`, `OtherOrder`."""
-        log, name, owner = self.logs[subscription.stream.name], subscription.group, subscription.owner
-        group = log.groups.setdefault(name, kind(log, name, owner, log.find(subscription.start)))
+        log, name, owner = self.log(subscription.stream.name), subscription.group, subscription.owner
+        born_s = self.clock.monotonic()
+        group = log.groups.setdefault(name, kind(log, name, owner, log.find(subscription.start), born_s))
         check_owner(log.spec.name, name, group.owner, owner)
         if not isinstance(group, kind):
             group = self._switched(group, kind)
@@ -124,13 +156,14 @@ class MemoryBroker:
 
         That is: no event of any group, with or without members, is undelivered, held, or due by now.
         """
-        now_ms = self.clock.now_ms()
-        return all(group.quiet(now_ms) for log in self.logs.values() for group in log.groups.values())
+        now_ms, due_ms = self.clock.now_ms(), self.next_due_ms()
+        groups = [group for log in self.logs.values() for group in log.groups.values()]
+        return (due_ms is None or due_ms > now_ms) and all(group.quiet(now_ms) for group in groups)
 
     def next_due_ms(self) -> int | None:
-        """When the first waiting event of all groups is due, possibly in the past; None when none waits."""
-        due = (group.next_due_ms() for log in self.logs.values() for group in log.groups.values())
-        return min((due_ms for due_ms in due if due_ms is not None), default=None)
+        """When the first event that waits is due, in a group or to be published; possibly in the past, None for none."""
+        waiting = [place for log in self.logs.values() for place in (log, *log.groups.values())]
+        return min((due_ms for place in waiting if (due_ms := place.next_due_ms()) is not None), default=None)
 
     def log(self, stream: str) -> Log:
         """A declared stream's log. Raises `BrokerRefused` for any other."""
@@ -140,13 +173,18 @@ class MemoryBroker:
 
     def check(self, stream: str, record: Record) -> None:
         """Raise what speaks against storing this record."""
-        self.log(stream).partition(record.partition)
-        if record.due_ms is not None:
-            raise NotSupported(f"{self.url} cannot delay events")
+        self.log(stream).check(record.partition)
 
-    def store(self, stream: str, record: Record) -> Position:
-        """Store a record that was checked."""
-        return self.log(stream).append(record, self.clock.now_ms())
+    def check_room(self, outputs: Sequence[Output]) -> None:
+        """Raise `BrokerFull` when one of these, which were checked, could not be stored."""
+        for stream in {output.stream for output in outputs}:
+            ours = [output for output in outputs if output.stream == stream]
+            own, derived = ([output.record for output in ours if output.derived == kind] for kind in (False, True))
+            self.log(stream).check_room(own, self.clock.now_ms(), derived)
+
+    def store(self, output: Output) -> None:
+        """Store an output that was checked, and for which there is room."""
+        self.log(output.stream).store(output.record, self.clock.now_ms(), derived=output.derived)
 
     async def _consumer(self, subscription: Subscription) -> Consumer:
         if not subscription.order:
@@ -163,10 +201,10 @@ class MemoryBroker:
     def _switched(self, group: Group | OrderedGroup, kind: type[G]) -> G:
         """The group as it goes on in the other way, if it has nothing to finish and nobody lives in it."""
         log, ordered = group.log, isinstance(group, OrderedGroup)
-        info, until_ms = group.info(self.clock.monotonic()), _waits_until_ms(group)
+        info, until_ms = group.info(self.clock), _waits_until_ms(group)
         if until_ms or info.pending or info.consumers:
             check_mode(log.spec.name, group.name, ordered, not ordered, until_ms)
-        switched = kind(log, group.name, group.owner, _settled(group))
+        switched = kind(log, group.name, group.owner, group.settled(), group.seen_s)
         switched.dead, switched.count = group.dead, group.count
         group.evict()
         log.groups[group.name] = switched
@@ -208,7 +246,16 @@ class MemoryConsumer:
         for settlement in settlements:
             for output in settlement.outputs:
                 self._broker.check(output.stream, output.record)
-        return [self._settle(settlement) for settlement in settlements]
+        full: BrokerFull | None = None
+        results = []
+        for settlement in settlements:
+            try:
+                results.append(self._settle(settlement))
+            except BrokerFull as error:
+                full = error
+        if full is not None:
+            raise full
+        return results
 
     async def keep(self) -> Kept:
         """Heartbeat. After all was taken from this consumer: enter the group again, and tell what it lost."""
@@ -216,7 +263,7 @@ class MemoryConsumer:
         if member.silent(now_s) or not member.present:
             self._group.log.wake()  # a fetch that waits may claim, and judge others, from now on
         if member.present:
-            member.beat_s = now_s
+            self._group.beat(member, now_s)
             return Kept()
         self._group = self._broker.join(self._subscription, Group)  # another one, when it was forgotten
         self._member = self._enter()
@@ -235,7 +282,7 @@ class MemoryConsumer:
 
     def _enter(self) -> Member:
         member = Member(f"ms.{self._clock.nonce()}", self._lease_s, self._clock.monotonic())
-        self._group.members[member.name] = member
+        self._group.enter(member)
         return member
 
     def _settle(self, settlement: Settlement) -> bool:
@@ -246,8 +293,9 @@ class MemoryConsumer:
         outcome = settlement.outcome
         if isinstance(outcome, Dead) and group.full(settlement.position.partition):
             outcome = Later(now_ms + int(DEAD_FULL_S * 1000), "no room for more dead letters", counted=False)
+        self._broker.check_room(settlement.outputs)
         for output in settlement.outputs:
-            self._broker.store(output.stream, output.record)
+            self._broker.store(output)
         group.settle(pending, outcome, now_ms)
         return True
 
@@ -262,123 +310,9 @@ class MemoryConsumer:
         return max(LEAST_WAIT_S, min(moments, default=self._lease_s))
 
 
-class MemoryAdmin:
-    """What people and monitoring look through."""
-
-    def __init__(self, broker: MemoryBroker) -> None:
-        self._broker = broker
-
-    async def streams(self) -> list[StreamInfo]:
-        """All declared streams, by name."""
-        return [log.info() for _, log in sorted(self._broker.logs.items())]
-
-    async def groups(self, stream: str) -> list[GroupInfo]:
-        """All groups of a stream, by name. Empty for an unknown stream."""
-        groups = self._broker.logs[stream].groups if stream in self._broker.logs else {}
-        return [group.info(self._broker.clock.monotonic()) for _, group in sorted(groups.items())]
-
-    async def pending(self, stream: str, group: str, limit: int) -> list[PendingInfo]:
-        """The oldest pending events of each partition."""
-        found = self._group(stream, group)
-        infos = found.pending_infos() if found else []
-        infos.sort(key=lambda info: (info.position.partition, _ordinal(info.position)))
-        partitions = groupby(infos, key=lambda info: info.position.partition)
-        return [info for _, oldest in partitions for info in islice(oldest, limit)]
-
-    async def dead(self, stream: str, group: str, after: str = "", limit: int = 100) -> list[DeadLetter]:
-        """Dead letters in the order of their references, behind `after`."""
-        found = self._group(stream, group)
-        letters = found.dead.values() if found else ()
-        return list(islice((letter for letter in letters if letter.ref > after), limit))
-
-    async def replay(self, letters: Sequence[DeadLetter]) -> list[bool]:
-        """Give dead letters back to their own group, attempts counted anew."""
-        return [self._take(letter, replay=True) for letter in letters]
-
-    async def give(self, stream: str, group: str, events: Sequence[Stored]) -> int:
-        """Let a group handle events once more, those that it has settled; how many."""
-        return self._known(stream, group).give(events, self._broker.clock.now_ms())
-
-    async def drop(self, letters: Sequence[DeadLetter]) -> list[bool]:
-        """Discard dead letters for ever."""
-        return [self._take(letter, replay=False) for letter in letters]
-
-    async def adopt(self, stream: str, group: str, owner: str) -> None:
-        """Make another app the owner of a group."""
-        self._known(stream, group).owner = owner
-
-    async def keys(self, stream: str, group: str, limit: int = 100) -> list[ParkedKey]:
-        """The keys that wait, those that were parked first first."""
-        found = self._ordered(stream, group)
-        return found.keys()[:limit] if found else []
-
-    async def parked(self, key: ParkedKey, limit: int = 100) -> list[Stored]:
-        """The events that wait of a key, in order."""
-        found = self._ordered(key.stream, key.group)
-        return found.parked(key)[:limit] if found else []
-
-    async def release_keys(self, keys: Sequence[ParkedKey]) -> list[bool]:
-        """Let keys be tried at once, attempts counted anew."""
-        groups = [self._ordered(key.stream, key.group) for key in keys]
-        return [group is not None and group.release_key(key) for group, key in zip(groups, keys, strict=True)]
-
-    async def drop_keys(self, keys: Sequence[ParkedKey]) -> list[int]:
-        """Discard all that is parked of these keys, for ever."""
-        groups = [self._ordered(key.stream, key.group) for key in keys]
-        return [group.drop_key(key) if group else 0 for group, key in zip(groups, keys, strict=True)]
-
-    async def seek(self, stream: str, group: str, start: Start, *, live: bool = False) -> None:
-        """Move a group to another place."""
-        found = self._known(stream, group)
-        if not live:
-            self._check_no_members(found)
-        found.seek(found.log.find(start))
-
-    async def forget(self, stream: str, group: str) -> None:
-        """Delete a group with all that it has."""
-        found = self._known(stream, group)
-        self._check_no_members(found)
-        del found.log.groups[group]
-        found.evict()
-
-    def _take(self, letter: DeadLetter, replay: bool) -> bool:
-        group = self._group(letter.stream, letter.group)
-        return group is not None and group.take_letter(letter.ref, self._broker.clock.now_ms(), replay=replay)
-
-    def _check_no_members(self, group: Group | OrderedGroup) -> None:
-        count = group.info(self._broker.clock.monotonic()).consumers
-        if count:
-            raise BrokerRefused(
-                f"group {group.name!r} of stream {group.log.spec.name!r} has {count} members: stop them"
-            )
-
-    def _known(self, stream: str, group: str) -> Group | OrderedGroup:
-        found = self._group(stream, group)
-        if found is None:
-            raise BrokerRefused(f"stream {stream!r} has no group {group!r}")
-        return found
-
-    def _ordered(self, stream: str, group: str) -> OrderedGroup | None:
-        found = self._group(stream, group)
-        return found if isinstance(found, OrderedGroup) else None
-
-    def _group(self, stream: str, group: str) -> Group | OrderedGroup | None:
-        log = self._broker.logs.get(stream)
-        return log.groups.get(group) if log else None
-
-
 def _waits_until_ms(group: Group | OrderedGroup) -> float:
     """When the last of what waits is due; 0 while nothing does."""
     if not isinstance(group, OrderedGroup):
         return max((max(1.0, due_ms) for due_ms, *_ in group.due), default=0.0)
     ahead = any(part.h for part in group.parts)
     return max((max(1.0, queue.due_ms) for part in group.parts for queue in part.parked.values()), default=float(ahead))
-
-
-def _settled(group: Group | OrderedGroup) -> list[int]:
-    """How many events of each partition a group has behind it, which has nothing to finish."""
-    return [part.w for part in group.parts] if isinstance(group, OrderedGroup) else group.cursor
-
-
-def _ordinal(position: Position | None) -> int:
-    return 0 if position is None else int(position.offset)

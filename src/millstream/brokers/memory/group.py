@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
 
 from millstream.brokers.base import (
@@ -20,9 +20,11 @@ from millstream.brokers.base import (
     Stored,
 )
 from millstream.brokers.memory.letters import Letters
+from millstream.brokers.memory.tending import seen_ms
 
 if TYPE_CHECKING:
     from millstream.brokers.memory.log import Log
+    from millstream.clock import Clock
 
 
 @dataclass(slots=True, eq=False)
@@ -49,6 +51,8 @@ class Pending:
     suspect: int = 0
     postponed: int = 0
     started: bool = False
+    copy: bool = False
+    """Given back by people: it does not need the event in the stream."""
     holder: Member | None = None
     due_ms: int = 0
 
@@ -61,11 +65,13 @@ class Pending:
 class Group:
     """A group's whole state. Every pending event either has a holder, or lies in `due`."""
 
-    def __init__(self, log: Log, name: str, owner: str, cursor: list[int]) -> None:
+    def __init__(self, log: Log, name: str, owner: str, cursor: list[int], born_s: float) -> None:
         self.log = log
         self.name = name
         self.owner = owner
         self.cursor = cursor
+        self.seen_s = born_s
+        """When a member beat last, or its birth."""
         self.pending: dict[Position, Pending] = {}
         self.due: list[tuple[int, int, Pending]] = []  # a heap: due time, who came first, what
         self.members: dict[str, Member] = {}
@@ -129,6 +135,46 @@ class Group:
             member.held, member.present = taken, False  # which `keep` will tell it
             del self.members[member.name]
 
+    def enter(self, member: Member) -> None:
+        """Make somebody a member."""
+        self.members[member.name] = member
+        self.seen_s = member.beat_s
+
+    def beat(self, member: Member, now_s: float) -> None:
+        """Note that a member lives."""
+        self.seen_s = member.beat_s = now_s
+
+    def living(self, now_s: float) -> int:
+        """How many members have beaten within their leases."""
+        return sum(not member.silent(now_s) for member in self.members.values())
+
+    def settled(self) -> list[int]:
+        """Of each partition, how many events that there ever were it does not need any more."""
+        settled = list(self.cursor)
+        for position, pending in self.pending.items():
+            if not (pending.copy or self._is_gone(pending)):
+                settled[position.partition] = min(settled[position.partition], int(position.offset) - 1)
+        return settled
+
+    def trimmed(self) -> None:
+        """Count what is gone from the stream and had not been settled; who works on an event has it, and goes on."""
+        for partition, gone in enumerate(self.log.gone):
+            self.count["lost"] += max(0, gone - self.cursor[partition])
+            self.cursor[partition] = max(gone, self.cursor[partition])
+        lost = [pending for pending in self.pending.values() if pending.holder is None and self._is_gone(pending)]
+        for pending in lost:
+            self._let_go(pending, forget=True)
+        if lost:
+            self.count["lost"] += len(lost)
+            self.due = [entry for entry in self.due if entry[2].stored.position in self.pending]
+            heapify(self.due)
+
+    def newly_lost(self) -> int:
+        """How many events it has lost since this was asked last."""
+        lost = self.count["lost"] - self.count["told"]
+        self.count["told"] = self.count["lost"]
+        return lost
+
     def take_letter(self, ref: str, now_ms: int, *, replay: bool) -> bool:
         """Remove a dead letter, to forget it or to let its event wait as a new one; False when it is gone."""
         letter = self.dead.take(ref, replay=replay)
@@ -172,12 +218,12 @@ class Group:
         """What is held, or waits."""
         return [pending.info() for pending in self.pending.values()]
 
-    def info(self, now_s: float) -> GroupInfo:
+    def info(self, clock: Clock) -> GroupInfo:
         """The group as it is now."""
         names = (self.log.spec.name, self.name, self.owner)
-        members = sum(not member.silent(now_s) for member in self.members.values())
-        now = (members, self._lag(), len(self.pending), len(self.due), len(self.dead))
-        return GroupInfo(*names, *now, self.count["done"], self.count["retried"], self.dead.replayed, self.dead.dropped)
+        now = (self.living(clock.monotonic()), self._lag(), len(self.pending), len(self.due), len(self.dead))
+        counts = self.count["done"], self.count["retried"], self.dead.replayed, self.dead.dropped, self.count["lost"]
+        return GroupInfo(*names, *now, *counts, seen_ms(self, clock))
 
     def _claim_fresh(self, member: Member, limit: int) -> list[Claim]:
         claims: list[Claim] = []
@@ -186,7 +232,7 @@ class Group:
         for step in range(len(self.cursor)):
             partition = (self.count["turn"] + step) % len(self.cursor)
             begin = self.cursor[partition]
-            fresh = self.log.partition(partition)[begin : begin + limit - len(claims)]
+            fresh = self.log.behind(partition, begin, limit - len(claims))
             self.cursor[partition] += len(fresh)
             claims += [self._hold(member, Pending(stored)) for stored in fresh]
         return claims
@@ -200,14 +246,26 @@ class Group:
         return Claim(pending.stored, pending.attempt, pending.suspect, pending.postponed)
 
     def _is_settled(self, position: Position) -> bool:
-        return position not in self.pending and int(position.offset) <= self.cursor[position.partition]
+        ordinal = int(position.offset)
+        return (
+            position not in self.pending
+            and self.log.gone[position.partition] < ordinal <= self.cursor[position.partition]
+        )
+
+    def _is_gone(self, pending: Pending) -> bool:
+        position = pending.stored.position
+        return not pending.copy and int(position.offset) <= self.log.gone[position.partition]
 
     def _give(self, stored: Stored, now_ms: int) -> None:
-        pending = self.pending[stored.position] = Pending(stored)
+        pending = self.pending[stored.position] = Pending(stored, copy=True)
         self._wait(pending, now_ms)
 
     def _wait(self, pending: Pending, due_ms: int) -> None:
-        self._let_go(pending)
+        gone = self._is_gone(pending)
+        self._let_go(pending, forget=gone)
+        if gone:
+            self.count["lost"] += 1
+            return
         pending.due_ms = due_ms
         pending.started = False
         self.count["waited"] += 1
@@ -222,4 +280,4 @@ class Group:
             del self.pending[pending.stored.position]
 
     def _lag(self) -> int:
-        return sum(len(self.log.partition(p)) - cursor for p, cursor in enumerate(self.cursor))
+        return sum(self.log.end(partition) - cursor for partition, cursor in enumerate(self.cursor))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
 from typing import TYPE_CHECKING
 
 from millstream.brokers.base import (
@@ -36,112 +34,28 @@ from millstream.brokers.ledger import (
     View,
 )
 from millstream.brokers.memory.letters import Letters
+from millstream.brokers.memory.part import NEVER, Note, Part, Queue
+from millstream.brokers.memory.tending import seen_ms
 from millstream.brokers.window import keyless
-from millstream.errors import LeaseLost
+from millstream.errors import BrokerFull, LeaseLost
 from millstream.units import MAX_ERROR_CHARS
 
 if TYPE_CHECKING:
     from millstream.brokers.memory.broker import MemoryBroker
     from millstream.brokers.memory.log import Log
-
-_NEVER = float("inf")
-
-
-@dataclass(slots=True, eq=False)
-class _Queue:
-    """What is parked of one key. The figures are those of its first event."""
-
-    due_ms: float
-    since_ms: int
-    events: deque[Stored] = field(default_factory=deque)
-    attempts: int = 0
-    postponed: int = 0
-    crashes: int = 0
-    started: bool = False
-    error: str = ""
-
-    def next(self) -> None:
-        self.events.popleft()
-        self.anew()
-
-    def anew(self) -> None:
-        """The head is due, and was never tried."""
-        self.attempts = self.postponed = self.crashes = 0
-        self.started, self.error, self.due_ms = False, "", 0.0
-
-    def shown_due_ms(self) -> int | None:
-        """For people: when the head is tried; None while it waits for one of them."""
-        return None if self.due_ms >= HELD_MS else int(self.due_ms)
-
-    def ended(self, due_ms: float, attempts: int, postponed: int, error: str) -> None:
-        """The head has come to an end that is not its last: it did not kill its process."""
-        self.due_ms, self.attempts, self.postponed, self.error = due_ms, attempts, postponed, error
-        self.crashes, self.started = 0, False
-
-
-@dataclass(slots=True, eq=False)
-class _Note:
-    """Of an event that a crash left behind."""
-
-    crashes: int = 0
-    started: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class _Part:
-    """A partition's share of a group."""
-
-    w: int
-    owner: str = ""
-    epoch: int = 0
-    seq: int = 0
-    h: str = ""
-    open: frozenset[str] = frozenset()
-    clean: bool = True
-    want: str = ""
-    next: str = ""
-    parked: dict[str, _Queue] = field(default_factory=dict)
-    notes: dict[str, _Note] = field(default_factory=dict)
-    answer: Committed = field(default_factory=lambda: Committed(State.STORED))
-
-    def due_ms(self) -> float:
-        return min((queue.due_ms for queue in self.parked.values()), default=_NEVER)
-
-    def events_parked(self) -> int:
-        return sum(len(queue.events) for queue in self.parked.values())
-
-    def covers(self, offset: str) -> bool:
-        """True for what is settled, as far as that is stored."""
-        return int(offset) <= max(self.w, int(self.h or 0)) and offset not in self.open
-
-    def fence(self) -> None:
-        """The lease is nobody's; whoever had it finds that out. Nothing crashed."""
-        self.owner, self.want, self.next, self.clean = "", "", "", True
-        self.epoch += 1
-
-    def seek(self, w: int) -> None:
-        """Go on behind so many events. What is parked behind them comes again, and is parked no more."""
-        self.fence()
-        self.w, self.h, self.open = w, "", frozenset()
-        self.notes.clear()
-        for key, queue in list(self.parked.items()):
-            head = queue.events[0]
-            queue.events = deque(stored for stored in queue.events if int(stored.position.offset) <= w)
-            queue.started = False
-            if not queue.events:
-                del self.parked[key]
-            elif queue.events[0] is not head:
-                queue.anew()
+    from millstream.clock import Clock
 
 
 class OrderedGroup:
     """A group's whole state."""
 
-    def __init__(self, log: Log, name: str, owner: str, begin: Sequence[int]) -> None:
+    def __init__(self, log: Log, name: str, owner: str, begin: Sequence[int], born_s: float) -> None:
         self.log = log
         self.name = name
         self.owner = owner
-        self.parts = [_Part(count) for count in begin]
+        self.seen_s = born_s
+        """When a member beat last, or its birth."""
+        self.parts = [Part(count) for count in begin]
         self.members: dict[str, tuple[float, float]] = {}
         """Per name when it beat last, and its lease."""
         self.dead = Letters(log.spec.name, name)
@@ -150,6 +64,26 @@ class OrderedGroup:
     def living(self, now_s: float) -> frozenset[str]:
         """Who has beaten within its lease."""
         return frozenset(name for name, (beat_s, lease_s) in self.members.items() if now_s - beat_s < lease_s)
+
+    def beat(self, name: str, now_s: float, lease_s: float) -> None:
+        """Note that a member lives."""
+        self.members[name] = (now_s, lease_s)
+        self.seen_s = now_s
+
+    def settled(self) -> list[int]:
+        """Of each partition, how many events that there ever were it does not need any more."""
+        return [part.w for part in self.parts]
+
+    def trimmed(self) -> None:
+        """Count what is gone from the stream and had not been settled; who has read an event goes on with it."""
+        for part, gone in zip(self.parts, self.log.gone, strict=True):
+            self.count["lost"] += part.lose(gone)
+
+    def newly_lost(self) -> int:
+        """How many events it has lost since this was asked last."""
+        lost = self.count["lost"] - self.count["told"]
+        self.count["told"] = self.count["lost"]
+        return lost
 
     def acquire(self, seen: Lease, name: str) -> Grant | None:
         """Give a partition to a member, if it is as it was seen."""
@@ -164,11 +98,15 @@ class OrderedGroup:
                 note.crashes += note.started
                 note.started = False
         clean, part.clean = part.clean, False
+        part.owner = ""
+        lost = part.lose(self.log.gone[seen.partition])  # what the last owner had read, and did not finish
+        self.count["lost"] += lost
+        part.read = part.w
         part.owner, part.epoch, part.seq, part.want, part.next = name, part.epoch + 1, 0, "", ""
         notes = {offset: note.crashes for offset, note in part.notes.items()}
-        last = str(len(self.log.partition(seen.partition)))
+        last = str(self.log.end(seen.partition))
         ours = seen.partition, part.epoch, str(part.w or ""), part.w, part.h, part.open, clean, last
-        return Grant(*ours, frozenset(part.parked), part.events_parked(), notes)
+        return Grant(*ours, frozenset(part.parked), part.events_parked(), notes, lost)
 
     def commit(self, commit: Commit, name: str, now_ms: int, broker: MemoryBroker) -> Committed:
         """Store progress with its effects, in one step."""
@@ -180,9 +118,14 @@ class OrderedGroup:
         buried = sum(isinstance(effect, Bury) for effect in commit.effects)
         if buried and self.dead.full(commit.partition, buried):
             return Committed(State.DEAD_FULL)
+        try:
+            broker.check_room([effect for effect in commit.effects if isinstance(effect, Output)])
+        except BrokerFull:
+            return Committed(State.FULL)
         for effect in commit.effects:
             self._apply(part, effect, now_ms, broker)
         part.seq, part.w, part.h, part.open = commit.seq, int(commit.w or 0), commit.h, frozenset(commit.open)
+        part.gaps = [gap for gap in part.gaps if gap[1] > part.w]
         for offset in commit.cleared:
             part.notes.pop(offset, None)
         self.count["done"] += commit.done
@@ -191,12 +134,12 @@ class OrderedGroup:
         part.answer = Committed(State.STORED, frozenset(popped - part.parked.keys()), part.events_parked())
         return part.answer
 
-    def heads(self, part: _Part, busy: Sequence[str], limit: int, now_ms: int) -> Heads:
+    def heads(self, part: Part, busy: Sequence[str], limit: int, now_ms: int) -> Heads:
         """Begin the first events of keys that are due, and count it."""
         ready = sorted((queue.due_ms, key) for key, queue in part.parked.items() if key not in busy)
         due = [key for due_ms, key in ready if due_ms <= now_ms]
         heads = [self._begin(part.parked[key], key, part.epoch) for key in due[:limit]]
-        return Heads(heads, ready[len(heads)][0] if len(ready) > len(heads) else _NEVER)
+        return Heads(heads, ready[len(heads)][0] if len(ready) > len(heads) else NEVER)
 
     def take_letter(self, ref: str, now_ms: int, *, replay: bool) -> bool:
         """Remove a dead letter, to forget it or to park its event as a new one; False when it is gone."""
@@ -272,12 +215,12 @@ class OrderedGroup:
         due_ms = min(part.due_ms() for part in self.parts)
         return None if due_ms >= HELD_MS else int(due_ms)
 
-    def info(self, now_s: float) -> GroupInfo:
+    def info(self, clock: Clock) -> GroupInfo:
         """The group as it is now; what is parked is pending."""
         parked = sum(part.events_parked() for part in self.parts)
-        now = len(self.living(now_s)), self._lag(), parked, parked, len(self.dead)
-        counts = self.count["done"], self.count["retried"], self.dead.replayed, self.dead.dropped
-        return GroupInfo(self.log.spec.name, self.name, self.owner, *now, *counts)
+        now = len(self.living(clock.monotonic())), self._lag(), parked, parked, len(self.dead)
+        counts = self.count["done"], self.count["retried"], self.dead.replayed, self.dead.dropped, self.count["lost"]
+        return GroupInfo(self.log.spec.name, self.name, self.owner, *now, *counts, seen_ms(self, clock))
 
     def pending_infos(self) -> list[PendingInfo]:
         """What is parked."""
@@ -288,10 +231,10 @@ class OrderedGroup:
             for stored in queue.events
         ]
 
-    def _apply(self, part: _Part, effect: Effect, now_ms: int, broker: MemoryBroker) -> None:
+    def _apply(self, part: Part, effect: Effect, now_ms: int, broker: MemoryBroker) -> None:
         match effect:
-            case Output(stream=stream, record=record):
-                broker.store(stream, record)
+            case Output():
+                broker.store(effect)
             case Bury(stored=stored, reason=reason, error=error, attempts=attempts):
                 self.dead.bury(stored, reason, error, attempts, now_ms)
             case Park(key=key, stored=stored):
@@ -299,7 +242,7 @@ class OrderedGroup:
                 if queue is None:
                     figures = effect.attempts, effect.postponed
                     error = effect.error[:MAX_ERROR_CHARS]
-                    queue = part.parked[key] = _Queue(effect.due_ms, now_ms, deque(), *figures, error=error)
+                    queue = part.parked[key] = Queue(effect.due_ms, now_ms, deque(), *figures, error=error)
                 queue.events.append(stored)
             case Delay(key=key, offset=offset) if self._is_head(part, key, offset):
                 error = effect.error[:MAX_ERROR_CHARS]
@@ -311,7 +254,7 @@ class OrderedGroup:
 
     def _park(self, stored: Stored, now_ms: int) -> None:
         parked = self.parts[stored.position.partition].parked
-        parked.setdefault(_key(stored), _Queue(0.0, now_ms)).events.append(stored)
+        parked.setdefault(_key(stored), Queue(0.0, now_ms)).events.append(stored)
         self.log.wake()
 
     def _comes_anyway(self, stored: Stored) -> bool:
@@ -320,10 +263,10 @@ class OrderedGroup:
         waits = queue is not None and any(event.position == stored.position for event in queue.events)
         return waits or not part.covers(stored.position.offset)
 
-    def _is_head(self, part: _Part, key: str, offset: str) -> bool:
+    def _is_head(self, part: Part, key: str, offset: str) -> bool:
         return key in part.parked and part.parked[key].events[0].position.offset == offset
 
-    def _begin(self, queue: _Queue, key: str, token: int) -> Head:
+    def _begin(self, queue: Queue, key: str, token: int) -> Head:
         queue.attempts += 1
         queue.started = True
         suspect = queue.crashes + 1 if queue.crashes else 0
@@ -331,8 +274,8 @@ class OrderedGroup:
 
     def _lag(self) -> int:
         """Events behind the mark; what is parked is not among them."""
-        ends = (len(self.log.partition(partition)) for partition in range(len(self.parts)))
-        return sum(end - part.w for end, part in zip(ends, self.parts, strict=True))
+        parts = enumerate(self.parts)
+        return sum(self.log.end(partition) - part.w - part.missing() for partition, part in parts)
 
 
 class MemoryLedger:
@@ -353,14 +296,14 @@ class MemoryLedger:
 
     async def enter(self) -> None:
         """Become a member."""
-        self._group.members[self.name] = (self._clock.monotonic(), self._lease_s)
+        self._group.beat(self.name, self._clock.monotonic(), self._lease_s)
 
     async def beat(self) -> None:
         """Say that we live. Raises `LeaseLost` when the group was forgotten."""
         group = self._group
         if group.log.groups.get(group.name) is not group:
             raise LeaseLost(f"group {group.name!r} of stream {group.log.spec.name!r} was forgotten")
-        self._group.members[self.name] = (self._clock.monotonic(), self._lease_s)
+        self._group.beat(self.name, self._clock.monotonic(), self._lease_s)
 
     async def look(self) -> View:
         """See who lives, and who has what. One who was silent itself judges nobody."""
@@ -397,9 +340,10 @@ class MemoryLedger:
             changed = log.changed
             claims: list[Claim] = []
             for partition, cursor in cursors.items():
-                begin = int(cursor.after or 0)
-                events = islice(log.partition(partition), begin, begin + min(cursor.room, limit - len(claims)))
+                events = log.behind(partition, int(cursor.after or 0), min(cursor.room, limit - len(claims)))
                 claims += [Claim(stored, 1, token=cursor.epoch) for stored in events]
+                if events and (part := self._ours(partition, cursor.epoch)):
+                    part.read = int(events[-1].position.offset)
             left_s = until - self._clock.monotonic()
             if claims or left_s <= 0 or self._wake.is_set() or not await self._clock.wait(changed, left_s):
                 self._wake.clear()
@@ -421,7 +365,7 @@ class MemoryLedger:
         if part is None:
             return False
         for offset in offsets:
-            part.notes.setdefault(offset, _Note()).started = True
+            part.notes.setdefault(offset, Note()).started = True
         return True
 
     async def commit(self, commits: Sequence[Commit]) -> list[Committed]:
@@ -437,7 +381,7 @@ class MemoryLedger:
         """Be a member no longer."""
         self._group.members.pop(self.name, None)
 
-    def _ours(self, partition: int, epoch: int) -> _Part | None:
+    def _ours(self, partition: int, epoch: int) -> Part | None:
         part = self._group.parts[partition]
         return part if (part.owner, part.epoch) == (self.name, epoch) else None
 

@@ -5,28 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
+
 from millstream.brokers.base import (
     DeadLetter,
     GroupInfo,
     ParkedKey,
     PendingInfo,
+    Policy,
     Position,
     Record,
     Start,
     Stored,
     StreamInfo,
 )
+from millstream.brokers.redis.appending import read_policy
 from millstream.brokers.redis.keys import Keys
 from millstream.brokers.redis.link import Link, ReplyError
 from millstream.brokers.redis.members import WAITING, Place
 from millstream.brokers.redis.people import People
 from millstream.brokers.redis.scripts import scripts
-from millstream.errors import BadStream, BrokerRefused, WireError
+from millstream.errors import BadStream, BrokerDown, BrokerRefused, WireError
 from millstream.wire import entry
 
 if TYPE_CHECKING:
     from millstream.brokers.redis.broker import RedisBroker
 
+MAX_TURNS = 100  # groups come while a stream is discarded
 MAX_COUNTED = 10_000  # events that are counted one by one where the server lost count
 _PAGE = 1_000
 _OURS = ("reason", "error", "attempts", "position", "group", "died")  # of a dead letter, before the entry's own fields
@@ -161,6 +166,51 @@ class RedisAdmin:
         """Delete a group with all that it has, in one step."""
         await self._people.forget(await self._at_rest(stream, group))
 
+    async def apply(self, stream: str, policy: Policy) -> None:
+        """Change what holds for a stream. Publishers learn it within seconds, housekeeping with its next round."""
+        link = await self._broker.control()
+        meta = (await self._broker.known(stream, link)).keys.stream_meta
+        if not await link.call("HEXISTS", meta, "partitions"):
+            raise BrokerRefused(f"stream {stream!r} is not declared on {self._broker.url} any more")
+        await link.call("HSET", meta, "policy", msgspec.json.encode(policy))
+
+    async def discard(self, stream: str) -> None:
+        """Delete a stream with all that it has: its groups one by one, then all the rest in one step."""
+        link = await self._broker.control()
+        keys = (await self._broker.known(stream, link)).keys
+        for info in await self.groups(stream):
+            await self._at_rest(stream, info.group)
+        for _ in range(MAX_TURNS):
+            for group in await self._remembered(link, keys):
+                place = await self._people.place(stream, group)
+                assert place is not None
+                await self._people.forget(place)
+            parts = [key for partition in range(len(keys.logs)) for key in keys.store(partition)]
+            if (
+                await link.run(scripts["erase"], (keys.streams, keys.stream_meta, keys.slots, *parts), (stream,))
+                == b"OK"
+            ):
+                return self._broker.discarded(stream)
+        raise BrokerDown(f"groups of stream {stream!r} are made all the time: stop what uses it")
+
+    async def slots(self, stream: str) -> Mapping[str, int]:
+        """The schedules that have published to a stream, and the last slot of each."""
+        keys, link = await self._keys(stream), await self._broker.control()
+        found = await link.call("HGETALL", keys.slots) if keys is not None else []
+        return {name.decode(): int(at_ms) for name, at_ms in zip(found[::2], found[1::2], strict=True)}
+
+    async def _remembered(self, link: Link, keys: Keys) -> set[str]:
+        # All groups: those at the logs, and those that vanished from there.
+        names: set[str] = set()
+        partitions = range(len(keys.logs))
+        replies = await link.calls([("HKEYS", keys.meta(partition)) for partition in partitions])
+        for reply in replies:
+            fields = [field.decode().partition(":") for field in _answer(link, reply, ())]
+            names |= {group for name, _, group in fields if name == "mode"}
+        for reply in await link.calls([("XINFO", "GROUPS", log) for log in keys.logs]):
+            names |= {_named(info)["name"].decode() for info in _answer(link, reply, ())}
+        return names
+
     async def _info(self, stream: str, group: str) -> GroupInfo:
         for info in await self.groups(stream):
             if info.group == group:
@@ -183,11 +233,14 @@ class RedisAdmin:
         return self._broker.keys(stream)
 
     async def _stream(self, link: Link, stream: str) -> StreamInfo:
-        spec = await self._broker.spec(stream)
-        logs = self._broker.keys(stream).logs
+        spec, keys = await self._broker.spec(stream), self._broker.keys(stream)
+        logs, partitions = keys.logs, range(spec.partitions)
         replies = await link.calls([("XINFO", "STREAM", log) for log in logs])
         infos = [_named(info) for reply in replies if (info := _answer(link, reply, None)) is not None]
         sizes = [_answer(link, reply, None) for reply in await link.calls([("MEMORY", "USAGE", log) for log in logs])]
+        asked = [("HMGET", keys.meta(partition), "repeats", "trimmed") for partition in partitions]
+        counts = [_answer(link, reply, None) for reply in await link.calls(asked)]
+        later = [_answer(link, reply, 0) for reply in await link.calls([("ZCARD", keys.later(p)) for p in partitions])]
         first = [_ms(info["first-entry"][0]) for info in infos if info.get("first-entry")]
         last = [_ms(info["last-entry"][0]) for info in infos if info.get("last-entry")]
         return StreamInfo(
@@ -197,6 +250,10 @@ class RedisAdmin:
             bytes=sum(size or 0 for size in sizes),
             first_ms=min(first, default=None),
             last_ms=max(last, default=None),
+            policy=read_policy(stream, await link.call("HGET", keys.stream_meta, "policy")),
+            delayed=sum(later),
+            repeats=sum(int(repeats or 0) for repeats, _ in counts),
+            trimmed=sum(int(trimmed or 0) for _, trimmed in counts),
         )
 
     async def _parts(self, stream: str) -> dict[str, dict[int, Fields]]:
@@ -227,20 +284,28 @@ class RedisAdmin:
             sum(part.scheduled for part in found),
             sum(part.dead for part in found),
             _sum(part.done for part in found),
-            *(sum(part.counts[name] for part in found) for name in ("retried", "replayed", "dropped")),
+            retried=sum(part.counts["retried"] for part in found),
+            replayed=sum(part.counts["replayed"] for part in found),
+            dropped=sum(part.counts["dropped"] for part in found),
+            lost=sum(part.counts["lost"] for part in found),
+            seen_ms=max(part.seen_ms for part in found) or None,
         )
 
     async def _part(self, link: Link, keys: Keys, group: str, partition: int, fields: Fields) -> _Part:
-        asked = [
+        asked: list[tuple[Any, ...]] = [
             ("ZCARD", keys.due(partition, group)),
             ("XLEN", keys.dead(partition, group)),
             ("HMGET", keys.stats(partition, group), *_COUNTS),
-            ("HMGET", keys.meta(partition), f"owner:{group}", f"start:{group}", f"mode:{group}"),
+            (
+                "HMGET",
+                keys.meta(partition),
+                *(f"{name}:{group}" for name in ("owner", "start", "mode", "seen", "entered")),
+            ),
             ("HMGET", keys.lease(partition, group), "done", "retried"),
             ("HGET", keys.parkinfo(partition, group), "#n"),
         ]
         replies = [_answer(link, reply, None) for reply in await link.calls(asked)]
-        waiting, dead, stats, (owner, start, mode), (handled, retried), parked = replies
+        waiting, dead, stats, (owner, start, mode, *moments), (handled, retried), parked = replies
         counts = dict(zip(_COUNTS, (int(value or 0) for value in stats), strict=True))
         given_up = dead + counts["dropped"] + counts["lost"]
         pending, done = fields["pending"], _done(fields, start, given_up - counts["given"], counts["done"])
@@ -248,7 +313,20 @@ class RedisAdmin:
             pending = waiting = int(parked or 0)
             done = int(handled or 0)
         counts["retried"] += int(retried or 0)
-        return _Part((owner or b"").decode(), pending, waiting, dead, done, given_up, counts)
+        seen_ms = (
+            max(int(moment or 0) for moment in moments)
+            if owner
+            else await self._active_ms(link, keys.log(partition), group)
+        )
+        return _Part((owner or b"").decode(), pending, waiting, dead, done, given_up, counts, seen_ms)
+
+    async def _active_ms(self, link: Link, log: bytes, group: str) -> int:
+        # When a consumer of another client last did something.
+        time, consumers = (
+            _answer(link, reply, ()) for reply in await link.calls([("TIME",), ("XINFO", "CONSUMERS", log, group)])
+        )
+        idle_ms = min((_named(consumer)["idle"] for consumer in consumers), default=None)
+        return 0 if idle_ms is None else int(time[0]) * 1000 + int(time[1]) // 1000 - idle_ms
 
     async def _counted(self, stream: str, group: str) -> list[tuple[int | None, int]]:
         link, keys = await self._broker.control(), self._broker.keys(stream)
@@ -294,6 +372,7 @@ class _Part(NamedTuple):
     done: int | None
     given_up: int
     counts: Mapping[str, int]
+    seen_ms: int
 
 
 def _done(fields: Fields, start: bytes | None, given_up: int, before: int) -> int | None:

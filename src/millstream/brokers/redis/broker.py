@@ -1,21 +1,19 @@
-"""Events on a Redis server: streams are declared, appended to and read here; `consumer.py` works in groups.
+"""Events on a Redis server: streams are declared and read here; `appending.py` stores, `consumer.py` works in groups.
 
 Connections, each a `Link`, made when first used and made again after a loss:
 
     publish   all appends of the process, pipelined     read   pages of events       control   rare commands
+              (one for each level of confirmation)
     wait      one for each waiting reader, pooled       and those that consumers ask for with `connect`
-
-A chunk of an append (at most 1,000 records or 4 MB) is one transaction in one write: all of it is stored, or nothing is,
-or the connection was lost and nothing is known. The next chunk leaves after the answer. So no event of a key can be
-stored behind a refused one; the transaction costs less than 10 % (400,000 events a second, in one process, with it).
 """
 
 from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 
+import msgspec
 from hiredis import ReplyError
 
 from millstream.brokers.base import (
@@ -23,52 +21,47 @@ from millstream.brokers.base import (
     Confirm,
     Consumer,
     OtherOrder,
+    Policy,
+    Slot,
     Start,
     Stored,
     StreamSpec,
     Subscription,
+    Tended,
     Traits,
     check_declared,
 )
 from millstream.brokers.ordered import OrderedConsumer
-from millstream.brokers.redis import control
+from millstream.brokers.redis import appending, control
 from millstream.brokers.redis.admin import RedisAdmin
+from millstream.brokers.redis.appending import Known, read_policy, write_policy
+from millstream.brokers.redis.confirming import Level, check_confirm, confirms, level
 from millstream.brokers.redis.consumer import RedisConsumer
+from millstream.brokers.redis.joining import create
 from millstream.brokers.redis.keys import Keys
 from millstream.brokers.redis.ledger import Lives
-from millstream.brokers.redis.link import BLOCK_MARGIN_S, BLOCK_S, Argument, Link, pack
+from millstream.brokers.redis.link import BLOCK_MARGIN_S, BLOCK_S, Argument, Link
+from millstream.brokers.redis.members import Place
+from millstream.brokers.redis.tending import Tending
 from millstream.brokers.switching import subscribed
 from millstream.clock import Clock
-from millstream.errors import (
-    BadStream,
-    BrokerDown,
-    BrokerError,
-    BrokerRefused,
-    NotSupported,
-    Unconfirmed,
-    WireError,
-)
+from millstream.errors import BadStream, BrokerError, BrokerRefused, NotSupported, WireError
 from millstream.settings import Settings
 from millstream.stream import Position
 from millstream.telemetry import Telemetry
-from millstream.units import MAX_APPEND_BYTES, MAX_APPEND_RECORDS, check_name
+from millstream.units import check_name
 from millstream.wire import entry
 from millstream.wire.entry import Record
 
 MAX_WAITING = 128  # connections of waiting readers; further readers look every now and then instead
 MAX_IDLE = 16  # connections kept for the next waiting reader
 MAX_PAGE_BYTES = 8_388_608  # what one read should bring at most, by the sizes of the page before
-FIRST_LARGEST_BYTES = 65_536  # assumed size of the largest event before the first page
-MAX_LAYOUTS = 1_000  # types and sources whose bytes are kept prepared, per stream
 POLL_S = 0.25  # how often a reader without connection looks
 WIRE_VERSION = b"1"  # of keys and entries, as recorded with each stream
 
-_TRAITS = Traits(order=True, delayed=False, atomic_outputs=False, confirms=frozenset({"memory"}))
+_TRAITS = Traits(order=True, delayed=True, dedupe=True, retention=True, slots=True)
+_RECORDED = ("v", "partitions", "key", "codec", "policy")
 _LAST_SEQUENCE = 18_446_744_073_709_551_615
-_MULTI, _EXEC = pack("MULTI"), pack("EXEC")
-
-Result = Position | BrokerError | None
-"""What became of a record: stored there, refused, or unknown."""
 
 
 class RedisBroker:
@@ -79,22 +72,30 @@ class RedisBroker:
         self.clock = clock
         self.telemetry = telemetry
         self.target = control.target(url, settings)
+        self._traits = msgspec.structs.replace(_TRAITS, atomic_outputs=not self.target.outputs_before)
         self._warned = False
         self._admin = RedisAdmin(self)
+        self._tending = Tending(self)
         self._open = False
         self._run_id = ""
-        self._streams: dict[str, _Known] = {}
+        self._streams: dict[str, Known] = {}
         self._links: weakref.WeakSet[Link] = weakref.WeakSet()
         self._control = _SharedLink(self, "control")
         self._publish = _SharedLink(self, "publish")
+        self._confirmed: dict[Confirm, _SharedLink] = {
+            "memory": self._publish,
+            "fsync": _SharedLink(self, "fsync"),
+            "replicated": _SharedLink(self, "replicated"),
+        }
+        self._levels: MutableMapping[Link, dict[Confirm, Level]] = weakref.WeakKeyDictionary()
         self._read = _SharedLink(self, "read")
         self._idle: list[Link] = []
         self._waiting = 0
 
     @property
     def traits(self) -> Traits:
-        """What Redis can do for us so far."""
-        return _TRAITS
+        """What Redis can do for us; what it can confirm is known once the broker is open."""
+        return self._traits
 
     @property
     def admin(self) -> Admin:
@@ -112,7 +113,9 @@ class RedisBroker:
             return
         self._open = True
         try:
-            await control.check(await self.control())
+            link = await self.control()
+            await control.check(link)
+            self._traits = msgspec.structs.replace(self._traits, confirms=await confirms(link))
         except BaseException:
             await self.close()
             raise
@@ -153,38 +156,47 @@ class RedisBroker:
             raise BadStream(self._unknown(stream))
         return known.spec
 
-    async def declare(self, stream: StreamSpec) -> None:
+    async def known(self, stream: str, link: Link) -> Known:
+        """A declared stream, asked for on the link that will be used. Raises `BrokerRefused` for another."""
+        known = await self._find(stream, link)
+        if known is None:
+            raise BrokerRefused(self._unknown(stream))
+        return known
+
+    async def declare(self, stream: StreamSpec, policy: Policy | None = None) -> Policy:
         """Create the stream, or compare it with what is recorded. Needs no room on the server when it is recorded."""
         await self._warn()
-        await self._declare(stream, await self.control())
+        return (await self._declare(stream, policy or Policy(), await self.control())).policy
 
     async def append(self, stream: str, records: Sequence[Record], confirm: Confirm = "memory") -> list[Position]:
-        """Store records, each chunk of up to 1,000 of them wholly or not at all, in their order.
+        """Store records in their order. Calls run beside each other on one connection."""
+        check_confirm(confirm, self._traits.confirms, self.url)
+        link = await self._confirmed[confirm].get()  # first: another server may not know the stream
+        known = await self.known(stream, link)
+        await known.fresh(link, self.clock.monotonic())
+        return await appending.append(link, known, records, await self._level(link, confirm))
 
-        After a chunk that was refused or lost nothing more is sent. Calls run beside each other on one connection.
-        """
-        if confirm != "memory":
-            raise NotSupported(f"{self.url} cannot confirm {confirm!r} yet, only 'memory'")
-        link = await self._publish.get()  # first: another server may not know the stream
-        known = await self._known(stream, link)
-        _check_records(known, records)
-        results: list[Result] = []
-        trouble: BrokerError | None = None
-        while len(results) < len(records) and trouble is None:
-            chunk, commands = known.chunk(records, len(results))
-            found, trouble = await _store(link, chunk, commands)
-            results += found
-        if trouble is None:
-            return results  # type: ignore[return-value]  # without trouble there are only positions
-        results += [trouble] * (len(records) - len(results))
-        raise _verdict(stream, results, trouble)
+    async def append_slot(self, stream: str, slot: Slot, record: Record | None) -> bool:
+        """Store the event of one slot of a schedule, and that it was, in one step."""
+        link = await self._publish.get()
+        known = await self.known(stream, link)
+        await known.fresh(link, self.clock.monotonic())
+        return await appending.append_slot(link, known, slot, record)
+
+    async def tend(self, stream: str) -> Tended:
+        """One round of housekeeping."""
+        return await self._tending.tend(stream)
+
+    def discarded(self, stream: str) -> None:
+        """Forget how a stream was declared: it is no more."""
+        self._streams.pop(stream, None)
 
     async def read(self, stream: str, partition: int, after: Position | None, limit: int) -> list[Stored]:
         """Up to `limit` events behind a position, fewer when they are large."""
         if limit < 1:
             return []
         link = await self._read.get()
-        known = await self._known(stream, link)
+        known = await self.known(stream, link)
         start = "-" if after is None else f"({after.offset}"
         count = max(1, min(limit, MAX_PAGE_BYTES // known.largest_bytes))
         found = await link.call("XRANGE", known.log(partition), start, "+", "COUNT", count)
@@ -196,7 +208,7 @@ class RedisBroker:
     async def locate(self, stream: str, start: Start) -> Mapping[int, Position | None]:
         """For each partition, the position behind which `read` begins: None for the beginning."""
         link = await self._read.get()
-        known = await self._known(stream, link)
+        known = await self.known(stream, link)
         partitions = range(known.spec.partitions)
         if start == "now":
             replies = await link.calls([("XINFO", "STREAM", log) for log in known.keys.logs])
@@ -207,7 +219,7 @@ class RedisBroker:
 
     async def wait(self, stream: str, after: Mapping[int, Position | None], wait_s: float) -> None:
         """Return when there may be an event behind one of these positions, or the time is up."""
-        known = await self._known(stream, await self.control())
+        known = await self.known(stream, await self.control())
         if self._waiting >= MAX_WAITING or not after:
             return await self.clock.sleep(min(wait_s, POLL_S))
         logs = [known.log(partition) for partition in after]
@@ -224,6 +236,11 @@ class RedisBroker:
         finally:
             self._waiting -= 1
         self._give_back(link)
+
+    async def create(self, subscription: Subscription) -> None:
+        """Make a group, if it is new, without joining it."""
+        await self.declare(subscription.stream)
+        await create(await self.control(), Place(self.keys(subscription.stream.name), subscription), subscription)
 
     async def subscribe(self, subscription: Subscription) -> Consumer:
         """Join a group, which is made if it is new."""
@@ -256,10 +273,16 @@ class RedisBroker:
     def _keys_of(self, stream: StreamSpec) -> Keys:
         return Keys(self.target.namespace, check_name("stream", stream.name), stream.partitions)
 
-    async def _declare(self, stream: StreamSpec, link: Link) -> _Known:
+    async def _level(self, link: Link, confirm: Confirm) -> Level:
+        levels = self._levels.setdefault(link, {})
+        if confirm not in levels:
+            levels[confirm] = await level(link, confirm)
+        return levels[confirm]
+
+    async def _declare(self, stream: StreamSpec, policy: Policy, link: Link) -> Known:
         keys = self._keys_of(stream)
-        recorded = await self._recorded(link, stream.name) or await self._record(link, stream)
-        check_declared(recorded, stream, self.url)
+        recorded = await self._recorded(link, stream.name) or await self._record(link, stream, policy)
+        check_declared(recorded[0], stream, self.url)
         replies = await link.calls([("TYPE", log) for log in keys.logs])
         for log, kind in zip(keys.logs, replies, strict=True):
             if not isinstance(kind, ReplyError) and kind not in (b"stream", b"none"):
@@ -267,55 +290,54 @@ class RedisBroker:
                     f"stream {stream.name!r}: the key {log.decode()!r} on {self.url} holds a {kind.decode()} already; use "
                     "another name, or a namespace"
                 )
-        self._streams[stream.name] = known = _Known(stream, keys, mine=True)
-        return known
-
-    async def _known(self, stream: str, link: Link) -> _Known:
-        known = await self._find(stream, link)
-        if known is None:
-            raise BrokerRefused(self._unknown(stream))
-        return known
+        return self._learnt(*recorded, mine=True)
 
     def _unknown(self, stream: str) -> str:
         return f"stream {stream!r} is not declared on {self.url}: no app that uses it has run there"
 
-    async def _find(self, stream: str, link: Link) -> _Known | None:
+    async def _find(self, stream: str, link: Link) -> Known | None:
         # Asked on the link that will be used: during a failover two links may end at two servers.
         known = self._streams.get(stream)
         if known is not None and known.sure:
             return known
         if known is not None and known.mine:
-            return await self._declare(known.spec, link)
+            return await self._declare(known.spec, known.policy, link)
         recorded = await self._recorded(link, check_name("stream", stream))
         if recorded is None:
             self._streams.pop(stream, None)
             return None
-        self._streams[stream] = known = _Known(recorded, self._keys_of(recorded), mine=False)
+        return self._learnt(*recorded, mine=False)
+
+    def _learnt(self, spec: StreamSpec, policy: Policy, *, mine: bool) -> Known:
+        known = Known(spec, self._keys_of(spec), policy, self.clock.monotonic(), mine=mine)
+        self._streams[spec.name] = known
         return known
 
-    async def _recorded(self, link: Link, stream: str) -> StreamSpec | None:
+    async def _recorded(self, link: Link, stream: str) -> tuple[StreamSpec, Policy] | None:
         meta = Keys(self.target.namespace, stream, 1).stream_meta
-        return self._spec_of(stream, await link.call("HMGET", meta, "v", "partitions", "key", "codec"))
+        return self._spec_of(stream, await link.call("HMGET", meta, *_RECORDED))
 
-    async def _record(self, link: Link, stream: StreamSpec) -> StreamSpec:
+    async def _record(self, link: Link, stream: StreamSpec, policy: Policy) -> tuple[StreamSpec, Policy]:
         keys = self._keys_of(stream)
-        fields = (("v", WIRE_VERSION), ("partitions", stream.partitions), ("key", stream.key), ("codec", stream.codec))
+        values = WIRE_VERSION, stream.partitions, stream.key, stream.codec, write_policy(policy)
+        fields: list[tuple[str, Argument]] = list(zip(_RECORDED, values, strict=True))
         commands: list[Sequence[Argument]] = [("HSETNX", keys.stream_meta, name, value) for name, value in fields]
-        commands += [("SADD", keys.streams, stream.name), ("HMGET", keys.stream_meta, *dict(fields))]
+        commands += [("SADD", keys.streams, stream.name), ("HMGET", keys.stream_meta, *_RECORDED)]
         replies = await link.calls([("MULTI",), *commands, ("EXEC",)])  # whoever comes first decides all fields
         done = replies[-1] if isinstance(replies[-1], list) else replies
         for reply in done:
             if isinstance(reply, ReplyError):
                 raise link.failure(reply, f"declare {stream.name}")
-        return self._spec_of(stream.name, done[-1]) or stream
+        return self._spec_of(stream.name, done[-1]) or (stream, policy)
 
-    def _spec_of(self, stream: str, values: Sequence[bytes | None]) -> StreamSpec | None:
-        version, partitions, key, codec = values
+    def _spec_of(self, stream: str, values: Sequence[bytes | None]) -> tuple[StreamSpec, Policy] | None:
+        version, partitions, key, codec, policy = values
         if partitions is None:
             return None
         if version != WIRE_VERSION:
             raise NotSupported(f"stream {stream!r} on {self.url} was written by a newer Millstream: upgrade this one")
-        return StreamSpec(stream, int(partitions), (key or b"").decode(), (codec or b"json").decode())
+        spec = StreamSpec(stream, int(partitions), (key or b"").decode(), (codec or b"json").decode())
+        return spec, read_policy(stream, policy)
 
     def _last(self, link: Link, partition: int, reply: list[object] | ReplyError) -> Position | None:
         if isinstance(reply, ReplyError):
@@ -374,119 +396,6 @@ class _SharedLink:
                 self._error = error
                 raise
             return self._link
-
-
-class _Known:
-    """A stream whose declaration is known, and its commands, all but the values prepared."""
-
-    def __init__(self, spec: StreamSpec, keys: Keys, *, mine: bool) -> None:
-        self.spec = spec
-        self.keys = keys
-        self.mine = mine
-        """Declared by this process, which declares it again where it is missing."""
-        self.sure = True
-        """Compared with this life of the server."""
-        self.largest_bytes = FIRST_LARGEST_BYTES
-        self._layouts: dict[tuple[int, str, str], bytes] = {}
-
-    def log(self, partition: int) -> bytes:
-        if not 0 <= partition < self.spec.partitions:
-            raise BrokerRefused(
-                f"stream {self.spec.name!r} has {self.spec.partitions} partitions, none with number {partition}"
-            )
-        return self.keys.log(partition)
-
-    def chunk(self, records: Sequence[Record], start: int) -> tuple[Sequence[Record], list[bytes]]:
-        """The records from `start` on that may leave in one write, and their XADDs. The layout is that of `entry.write`.
-
-        A general packer of commands needs 1.6 µs a record for this, one format string for all of it 0.5.
-        """
-        layouts, room = self._layouts, MAX_APPEND_BYTES
-        commands: list[bytes] = []
-        records = records[start : start + MAX_APPEND_RECORDS]
-        for record in records:
-            layout = layouts.get((record.partition, record.type, record.source)) or self._layout(record)
-            name = record.id.encode()
-            time = b"%d" % record.time_ms if record.time_ms else b""
-            key = b"" if record.key is None else record.key.encode()
-            headers, data = record.headers, record.data
-            command = layout % (len(name), name, len(time), time, len(key), key, len(headers), headers, len(data), data)
-            room -= len(command)
-            if room < 0 and commands:
-                break
-            commands.append(command)
-        return records[: len(commands)], commands
-
-    def _layout(self, record: Record) -> bytes:
-        if len(self._layouts) >= MAX_LAYOUTS:
-            self._layouts.clear()
-        fixed = {b"type": record.type.encode(), b"source": record.source.encode()}
-        words = [b"XADD", self.log(record.partition), b"*"]
-        layout = b"*%d\r\n" % (len(words) + 2 * len(entry.FIELDS)) + b"".join(map(_bulk, words))
-        for name in entry.FIELDS:
-            layout += _bulk(name) + (_bulk(fixed[name]) if name in fixed else b"$%d\r\n%b\r\n")
-        self._layouts[record.partition, record.type, record.source] = layout
-        return layout
-
-
-def _bulk(word: bytes) -> bytes:
-    return (b"$%d\r\n%b\r\n" % (len(word), word)).replace(b"%", b"%%")
-
-
-def _check_records(known: _Known, records: Sequence[Record]) -> None:
-    # Before anything is sent, so that nothing of the call is stored.
-    for partition in {record.partition for record in records}:
-        known.log(partition)
-    if any(record.due_ms is not None for record in records):
-        raise NotSupported(f"stream {known.spec.name!r}: events cannot be published for later on Redis yet")
-
-
-async def _store(
-    link: Link, records: Sequence[Record], commands: list[bytes]
-) -> tuple[list[Result], BrokerError | None]:
-    # What became of a chunk, and why not all of it is stored.
-    alone = len(commands) == 1  # a transaction in itself
-    packed = commands[0] if alone else b"".join([_MULTI, *commands, _EXEC])
-    try:
-        answers = await link.post(packed, 1 if alone else len(commands) + 2)
-    except BrokerDown as error:
-        return [error] * len(commands), error
-    try:
-        replies = await answers
-    except BrokerDown as error:
-        return [None] * len(commands), error
-    stored = replies if alone else _transacted(replies)
-    trouble = next((link.failure(reply, "XADD") for reply in stored if isinstance(reply, ReplyError)), None)
-    if trouble is None:
-        return [Position(record.partition, at.decode()) for record, at in zip(records, stored, strict=True)], None
-    results: list[Result] = [
-        link.failure(reply, "XADD") if isinstance(reply, ReplyError) else Position(record.partition, reply.decode())
-        for record, reply in zip(records, stored, strict=True)
-    ]
-    return results, trouble
-
-
-def _transacted(replies: list[object]) -> list[object]:
-    # The answer to each command between MULTI and EXEC.
-    begun, *queued, executed = replies
-    if isinstance(executed, list):
-        return executed
-    if isinstance(begun, ReplyError):  # MULTI itself is forbidden: each command ran by itself
-        return queued
-    refused = next((reply for reply in queued if isinstance(reply, ReplyError)), executed)
-    return [refused] * len(queued)
-
-
-def _verdict(stream: str, results: Sequence[Result], trouble: BrokerError) -> BrokerError | Unconfirmed:
-    refused = sum(isinstance(result, BrokerError) for result in results)
-    if refused == len(results):
-        return trouble
-    unknown = sum(result is None for result in results)
-    return Unconfirmed(
-        f"of {len(results)} events for {stream!r} {len(results) - refused - unknown} are stored, {refused} are not, of "
-        f"{unknown} nothing is known: {trouble}",
-        results=results,
-    )
 
 
 def _stored(partition: int, offset: str, fields: Sequence[bytes]) -> Stored:

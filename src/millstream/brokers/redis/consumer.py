@@ -21,7 +21,9 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict, deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from msgspec.structs import replace
 
 from millstream.brokers.base import (
     Claim,
@@ -35,7 +37,7 @@ from millstream.brokers.base import (
 )
 from millstream.brokers.redis.incarnation import Incarnation, Item
 from millstream.brokers.redis.members import MAX_ITEMS, Place, behind, new_name
-from millstream.brokers.redis.outputs import append
+from millstream.brokers.redis.outputs import Targets, append, fitting
 from millstream.errors import (
     BrokerError,
     BrokerFull,
@@ -117,7 +119,8 @@ class RedisConsumer:
         """Store outcomes and outputs; False where an event was not ours any more.
 
         Fresh events that are done leave as one transaction. Then comes what needs no room, then dead letters and
-        outputs: when one of these is refused, `BrokerFull` is raised after all the others are settled.
+        outputs: when one of these is refused, `BrokerFull` is raised after all the others are settled. The outputs of one
+        event are stored all together, or none of them and its outcome neither.
         """
         results = [False] * len(settlements)
         if self._life is None:
@@ -287,12 +290,19 @@ class RedisConsumer:
         refused = await self._apply(life, settlements, plain, results)
         if staged:
             held = [index for index in staged if life.holds(settlements[index].position)]
-            failed = await append(self._broker, [output for index in held for output in settlements[index].outputs])
-            ready = [index for index in held if failed.keys().isdisjoint(o.stream for o in settlements[index].outputs)]
-            refused = await self._apply(life, settlements, ready, results) or refused
-            refused = next(iter(failed.values()), refused)
+            settle = self._apply if self._broker.traits.atomic_outputs else self._append_and_apply
+            refused = await settle(life, settlements, held, results) or refused
         if refused is not None:
             raise refused
+
+    async def _append_and_apply(
+        self, life: Incarnation, settlements: Sequence[Settlement], indexes: Sequence[int], results: list[bool]
+    ) -> BrokerError | None:
+        failed = await append(self._broker, [output for index in indexes for output in settlements[index].outputs])
+        ready = [index for index in indexes if failed.keys().isdisjoint(o.stream for o in settlements[index].outputs)]
+        bare = [replace(settlement, outputs=()) for settlement in settlements]
+        refused = await self._apply(life, bare, ready, results)
+        return next(iter(failed.values()), refused)
 
     async def _apply(
         self, life: Incarnation, settlements: Sequence[Settlement], indexes: Sequence[int], results: list[bool]
@@ -300,21 +310,21 @@ class RedisConsumer:
         # What needs no room comes first. Returns why something was not stored, after all the rest was.
         fast: list[tuple[int, Position]] = []
         free: _Plan = defaultdict(list)
-        dead: _Plan = defaultdict(list)
+        large: _Plan = defaultdict(list)
         for index in indexes:
             settlement = settlements[index]
-            position, outcome = settlement.position, settlement.outcome
+            position, outcome, outputs = settlement.position, settlement.outcome, settlement.outputs
             count = life.held[position.partition].get(position.offset)
             if count is None:
                 continue
-            if count > 0 and type(outcome) is Done:
+            if count > 0 and type(outcome) is Done and not outputs:
                 fast.append((index, position))
             else:
-                plan = dead if type(outcome) is Dead else free
+                plan = large if outputs or type(outcome) is Dead else free
                 plan[position.partition].append((index, self._item(life, settlement, abs(count))))
         await self._acknowledge(life, fast, results)
         await self._finish(life, free, results)
-        return await self._finish(life, dead, results)
+        return await self._finish(life, large, results)
 
     async def _acknowledge(self, life: Incarnation, fast: Sequence[tuple[int, Position]], results: list[bool]) -> None:
         if not fast:
@@ -328,44 +338,54 @@ class RedisConsumer:
             life.held[position.partition].pop(position.offset, None)
 
     async def _finish(self, life: Incarnation, plan: _Plan, results: list[bool]) -> BrokerError | None:
-        refused: BrokerError | None = None
+        outputs = [output for planned in plan.values() for _, item in planned for output in item.outputs]
+        targets = await Targets.of(self._broker, life.writer, outputs)
+        refused = problem = targets.problem(outputs)
         for partition, planned in plan.items():
-            while planned:
-                some, planned = planned[:MAX_ITEMS], planned[MAX_ITEMS:]
-                answers = await life.finish(partition, [item for _, item in some])
+            left = [pair for pair in planned if problem is None or targets.problem(pair[1].outputs) is None]
+            while left:
+                count = fitting([item.outputs for _, item in left[:MAX_ITEMS]])
+                some, left = left[:count], left[count:]
+                answers = await life.finish(partition, [item for _, item in some], targets)
                 for (index, item), answer in zip(some, answers, strict=True):
                     if answer == b"FULL":
-                        planned.append((index, self._put_off(life, item)))
+                        left.append((index, self._put_off(life, item)))
                     elif answer == b"MORE":
-                        planned.append((index, item))
-                    elif isinstance(answer, bytes):
-                        refused = life.writer.failure(Exception(answer.decode().lstrip("-")), "dead letter")
-                    else:
+                        left.append((index, item))
+                    elif isinstance(answer, int):
                         results[index] = answer == 1
-                        life.held[partition].pop(item[1], None)
+                        life.held[partition].pop(item.offset, None)
+                    else:
+                        refused = _refusal(life, item, answer, targets)
                 await life.schedule(partition, [item for _, item in some])
         return refused
 
     async def _release(self, life: Incarnation, partition: int) -> None:
-        held = [(offset, abs(count)) for offset, count in life.held[partition].items()]
-        items: list[tuple[int, Item]] = [
-            (index, ("release", offset, count, 0, b"")) for index, (offset, count) in enumerate(held)
-        ]
+        held = life.held[partition].items()
+        items = [(index, Item("release", offset, abs(count))) for index, (offset, count) in enumerate(held)]
         await self._finish(life, {partition: items}, [False] * len(items))
         life.surplus = deque(claim for claim in life.surplus if claim.stored.position.partition != partition)
 
     def _item(self, life: Incarnation, settlement: Settlement, count: int) -> Item:
-        offset, outcome = settlement.position.offset, settlement.outcome
+        offset, outcome, outputs = settlement.position.offset, settlement.outcome, settlement.outputs
         if isinstance(outcome, Later):
             # The delay is what was meant; the two clocks need not agree.
-            at_ms = int(life.now_ms + outcome.at_ms - self._clock.now_ms())
-            return "retry" if outcome.counted else "postpone", offset, count, max(0, at_ms), b""
+            at_ms = max(0, int(life.now_ms + outcome.at_ms - self._clock.now_ms()))
+            return Item("retry" if outcome.counted else "postpone", offset, count, at_ms, outputs=outputs)
         if isinstance(outcome, Dead):
             error = outcome.error[:MAX_ERROR_CHARS].encode("utf-8", "backslashreplace")
-            return "dead", offset, count, outcome.reason, error
-        return "done", offset, count, 0, b""
+            return Item("dead", offset, count, outcome.reason, error, outputs)
+        return Item("done", offset, count, outputs=outputs)
 
     def _put_off(self, life: Incarnation, item: Item) -> Item:
         group = self._subscription.group
         self._complain(BrokerFull(f"no room for more dead letters of {group!r}: replay or drop some. Such events wait"))
-        return "release", item[1], item[2], int(life.now_ms + DEAD_FULL_S * 1000), b""
+        return Item("release", item.offset, item.attempt, int(life.now_ms + DEAD_FULL_S * 1000))
+
+
+def _refusal(life: Incarnation, item: Item, answer: Any, targets: Targets) -> BrokerError:
+    # What `settle.lua` means by an answer that is no number.
+    if isinstance(answer, bytes):
+        return life.writer.failure(Exception(answer.decode().lstrip("-")), "dead letter")
+    why, number = answer
+    return targets.refusal(item.outputs[number - 1], why)

@@ -17,9 +17,10 @@ T = TypeVar("T", str, int)
 
 OLDEST = (6, 2)  # XAUTOCLAIM, exclusive ranges and `XGROUP CREATECONSUMER` came with it
 
-_PARAMETERS = ("namespace", "db", "username", "password", "connect_timeout")
+_PARAMETERS = ("namespace", "db", "username", "password", "connect_timeout", "outputs")
+_OUTPUTS = ("together", "before")  # with their outcomes in one step, or before them
 _FORMS = (
-    "redis://[user][:password@]host[:port][/db][?namespace=…&connect_timeout=5s], or for a socket "
+    "redis://[user][:password@]host[:port][/db][?namespace=…&connect_timeout=5s&outputs=before], or for a socket "
     "redis+unix:///path?db=0[&username=…&password=…]"
 )
 
@@ -48,6 +49,9 @@ def target(url: str, settings: Settings) -> Target:
     timeout_s = seconds(given.get("connect_timeout", 5.0))
     if not timeout_s:
         raise BadSetting("connect_timeout=0 in the Redis URL: it must be more than zero")
+    outputs = given.get("outputs", _OUTPUTS[0])
+    if outputs not in _OUTPUTS:
+        raise BadSetting(f"outputs={outputs!r} in the Redis URL: it must be one of {', '.join(_OUTPUTS)}")
     host, path = _place(parts)
     return Target(
         host=host,
@@ -58,6 +62,7 @@ def target(url: str, settings: Settings) -> Target:
         password=password,
         namespace=namespace,
         connect_timeout_s=timeout_s,
+        outputs_before=outputs == "before",
     )
 
 

@@ -1,43 +1,136 @@
-"""Events that were trimmed away before their owner read them.
+"""Events that were gone before their owner read them, in the order of keys.
 
 XTRIM leaves no trace but the numbers: a log counts the entries that were ever added, so those before its first one are told
-by `entries-added` less its length. Who has counted what it read knows how many of them it never saw. Without this, the lag
-that a commit stores would be too large for ever.
+by `entries-added` less its length. Who counts what it reads knows how many it never saw: the first entry lies ahead, and
+more are gone than were read; or the end is reached, and more were added than were read. What is in memory is not lost.
+
+A gap is counted as lost when it is found. Progress passes it later, and only then its events count as settled, else the lag
+would be too large for ever. Until then the gap stands in the lease, so that the next owner does not count it again.
 """
 
 from __future__ import annotations
 
-from millstream.brokers.ledger import Cursor, Grant
-from millstream.brokers.redis.progress import BEFORE_ALL
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from hiredis import ReplyError
+from msgspec.structs import replace
+
+from millstream.brokers.ledger import Commit, Cursor, Grant
+from millstream.brokers.redis.link import Link
+from millstream.brokers.redis.members import SWEEP_S, Place
+from millstream.brokers.redis.scripts import scripts
 from millstream.brokers.window import after
+from millstream.clock import Clock
+from millstream.telemetry import logger
+
+_BEFORE_ALL = "0-0"
+
+
+class Gap(NamedTuple):
+    """Events that are gone: behind which offset, and how many were ever added before and after them."""
+
+    offset: str
+    begin: int
+    end: int
 
 
 class Gaps:
-    """Of one partition, from its grant on. Redis 6.2 counts nothing: then there are none."""
+    """All that a member has found in its partitions. Redis 6.2 counts nothing: then there are none."""
 
-    def __init__(self, grant: Grant) -> None:
-        self._epoch = grant.epoch
-        self._after = grant.w or BEFORE_ALL
+    def __init__(self, place: Place, name: str, clock: Clock, lease_s: float) -> None:
+        self._place = place
+        self._name = name
+        self._clock = clock
+        self._period_s = min(lease_s / 2, SWEEP_S)
+        self._look_at = 0.0
+        self._counts: dict[int, Count] = {}
+
+    def begin(self, grant: Grant, gaps: bytes) -> None:
+        """A partition is ours; these gaps were found by its last owner."""
+        self._counts[grant.partition] = Count(grant, gaps.decode())
+
+    def passed(self, partition: int, cursor: Cursor, last: str, count: int) -> None:
+        """So many events were read behind the cursor."""
+        if partition in self._counts:
+            self._counts[partition].passed(cursor, last, count)
+
+    def counted(self, commit: Commit) -> Commit:
+        """A commit whose ordinal counts what was never read."""
+        count = self._counts.get(commit.partition)
+        if count is None or commit.ordinal is None:
+            return commit
+        return replace(commit, ordinal=commit.ordinal + count.missing(commit.w or _BEFORE_ALL))
+
+    async def look(self, link: Link, partitions: Sequence[int]) -> None:
+        """Now and then, while no read of these is under way, find out what is gone, and count it."""
+        now = self._clock.monotonic()
+        if now < self._look_at:
+            return
+        self._look_at = now + self._period_s
+        looked = [partition for partition in partitions if partition in self._counts]
+        replies = await link.calls([("XINFO", "STREAM", self._place.at[partition].log) for partition in looked])
+        for partition, reply in zip(looked, replies, strict=True):
+            info = {} if isinstance(reply, ReplyError) else dict(zip(reply[::2], reply[1::2], strict=True))
+            gap = self._counts[partition].look(info)
+            if gap is not None:
+                await self._lose(link, partition, gap)
+
+    async def _lose(self, link: Link, partition: int, gap: Gap) -> None:
+        at, count = self._place.at[partition], self._counts[partition]
+        who = self._place.group, self._name, count.epoch
+        if await link.run(scripts["lose"], (at.log, at.lease, at.stats), (*who, *gap)) != b"OK":
+            return
+        count.add(gap)
+        where = self._place.group, self._place.stream, gap.end - gap.begin, partition
+        logger.error("group %s of %s: %d events of partition %d were trimmed away before they were read", *where)
+
+
+class Count:
+    """What was read of one partition, from its grant on."""
+
+    def __init__(self, grant: Grant, gaps: str) -> None:
+        self.epoch = grant.epoch
+        self._after = grant.w or _BEFORE_ALL
         self._ordinal = grant.ordinal
-        self._gaps: list[tuple[str, int]] = []
+        self._gaps = [gap for gap in _parsed(gaps) if after(gap.offset, self._after)]
 
     def passed(self, cursor: Cursor, last: str, count: int) -> None:
         """So many events were read behind the cursor."""
-        if (cursor.epoch, cursor.after or BEFORE_ALL) != (self._epoch, self._after):
+        if (cursor.epoch, cursor.after or _BEFORE_ALL) != (self.epoch, self._after):
             self._ordinal = None  # what was read in between is not known, so nothing can be told any more
         if self._ordinal is not None:
-            self._ordinal += count
+            self._ordinal += count + self.missing(last) - self.missing(self._after)
         self._after = last
 
-    def look(self, added: int, length: int, first: str) -> int:
-        """How many events are newly gone, as the log is now; `first` is empty where it has none."""
-        removed = added - length
-        if self._ordinal is None or removed <= self._ordinal or (first and not after(first, self._after)):
-            return 0
-        lost, self._ordinal = removed - self._ordinal, removed
-        self._gaps.append((self._after, lost))
-        return lost
+    def look(self, info: Mapping[bytes, Any]) -> Gap | None:
+        """What is newly gone, as the log is now."""
+        added = info.get(b"entries-added")
+        if added is None:
+            return None
+        first, at_end = info[b"first-entry"], info[b"last-generated-id"].decode() == self._after
+        if self._ordinal is None:  # exact again at the end
+            self._ordinal = added if at_end else None
+        elif not first or after(first[0].decode(), self._after):
+            return self._gap(added - info[b"length"])
+        elif at_end:
+            return self._gap(added)
+        return None
 
-    def before(self, w: str) -> int:
-        """How many events that were never read lie before this one."""
-        return sum(lost for offset, lost in self._gaps if after(w or BEFORE_ALL, offset))
+    def add(self, gap: Gap) -> None:
+        """This one is counted."""
+        self._gaps.append(gap)
+        self._ordinal = gap.end
+
+    def missing(self, offset: str) -> int:
+        """How many events that were never read lie before what follows this one."""
+        return sum(gap.end - gap.begin for gap in self._gaps if after(offset, gap.offset, or_equal=True))
+
+    def _gap(self, end: int) -> Gap | None:
+        return Gap(self._after, self._ordinal, end) if self._ordinal is not None and end > self._ordinal else None
+
+
+def _parsed(gaps: str) -> Iterator[Gap]:
+    for words in gaps.split():
+        offset, begin, end = words.split(":")
+        yield Gap(offset, int(begin), int(end))

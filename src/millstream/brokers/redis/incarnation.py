@@ -21,14 +21,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from millstream.brokers.base import Claim, OtherOrder, Position, Stored, Subscription
+import msgspec
+
+from millstream.brokers.base import Claim, OtherOrder, Output, Position, Stored, Subscription
 from millstream.brokers.redis.acks import MAX_ACKS, Acks
 from millstream.brokers.redis.claims import again, fault
 from millstream.brokers.redis.joining import confirm, join
 from millstream.brokers.redis.link import BLOCK_MARGIN_S, BLOCK_S, Answers, Link, ReplyError, pack, vanished
 from millstream.brokers.redis.members import MAX_ITEMS, Members, Place
+from millstream.brokers.redis.outputs import Staged, Targets
+from millstream.brokers.redis.passed import Passed
 from millstream.brokers.redis.scripts import scripts
 from millstream.errors import BrokerDown, BrokerError, BrokerRefused, WireError
 from millstream.units import MAX_DEAD
@@ -47,8 +51,17 @@ _PING = pack("PING")
 _NEVER = float("inf")
 _WAIT = frozenset({"retry", "postpone", "release"})
 
-Item: TypeAlias = tuple[str, str, int, str | int, bytes]
-"""A verdict for `settle.lua`: verdict, id, count, and its two details."""
+
+class Item(NamedTuple):
+    """One delivery as `settle.lua` takes it."""
+
+    verdict: str
+    offset: str
+    attempt: int
+    detail: str | int = 0
+    error: bytes = b""
+    outputs: Sequence[Output] = ()
+    """What is stored with it, in the same step."""
 
 
 class Incarnation:
@@ -75,6 +88,7 @@ class Incarnation:
         self._partition_of = {at.log: partition for partition, at in enumerate(place.at)}
         self._reader: Link | None = None
         self._writer: Link | None = None
+        self._passed = Passed(place)
         self._acks = Acks(place, name, self._nonce, lambda: self.writer)
         self._reading: Answers | None = None
         self._blocked_until_ms = 0.0
@@ -105,6 +119,7 @@ class Incarnation:
         if self._reader.run_id != self._writer.run_id:
             raise BrokerDown("two connections reached two servers: a failover is under way")
         await self.join(start)
+        await self._passed.begin(self._writer)
         sent_at = self._clock.monotonic()
         keys = self._fence, self.place.live, self.place.tick
         state, *answer = await self._writer.run(scripts["enter"], keys, (self.name, self._nonce))
@@ -234,21 +249,27 @@ class Incarnation:
         """Claim new events, about `limit`, into `surplus`; or see the answer of an earlier read that was cancelled."""
         self.full = []
         if self._reading is None:
-            command = self._read_command(limit, block_ms, partitions or self._open_partitions())
+            partitions = partitions or self._open_partitions()
+            command = self._read_command(limit, block_ms, partitions)
             if not command:
                 return await self._clock.sleep(block_ms / 1000)
             self._blocked_until_ms = self.now_ms + block_ms
-            self._reading = await self.reader.post(command, 2, block_ms / 1000 + BLOCK_MARGIN_S)
+            looks = self._passed.look(partitions)
+            packed = b"".join([*looks, command])
+            self._reading = await self.reader.post(packed, len(looks) + 2, block_ms / 1000 + BLOCK_MARGIN_S)
             replies = await self._answer(self._reading, block_ms)  # cancelled: it stays, and so does its answer
         else:
             replies = await self._cut(self._reading)
         self._reading, self._blocked_until_ms = None, 0.0
-        found, nonce = replies
+        *looked, found, nonce = replies
         if isinstance(found, ReplyError):
             raise self.reader.failure(vanished(found), "XREADGROUP")
+        passages = self._passed.passages(looked, found or ())
+        if nonce == self._nonce:
+            self._claim(found or ())
+        await self._passed.count(self.writer, passages)
         if nonce != self._nonce:
             raise self._acks.lost()  # what came with it is not ours: it lies under a name without fence
-        self._claim(found or ())
 
     async def recover(self) -> None:
         """Find what was delivered to us and never seen: into `surplus`. Only while no answer is under way."""
@@ -282,13 +303,20 @@ class Incarnation:
         """
         self._miss(await self._acks.send(acks))
 
-    async def finish(self, partition: int, items: Sequence[Item]) -> list[Any]:
+    async def finish(self, partition: int, items: Sequence[Item], targets: Targets) -> list[Any]:
         """Up to `MAX_ITEMS` verdicts of any kind; the answer to each as in `settle.lua`."""
         at = self.place.at[partition]
         keys = at.log, self._fence, at.due, at.note, at.dead, at.stats
-        words = [word for item in items for word in item]
-        args = (self.place.group, self.name, self._nonce, partition, MAX_DEAD, *words)
-        state, *results = await self.writer.run(scripts["settle"], keys, args)
+        blobs: list[bytes] = []
+        staged = Staged(targets, len(keys), blobs)
+        words = [word for item in items for word in item[:5]]
+        outputs = {
+            n: [staged.add(output) for output in item.outputs] for n, item in enumerate(items, 1) if item.outputs
+        }
+        who = self.place.group, self.name, self._nonce, partition, MAX_DEAD
+        packed = msgspec.msgpack.encode(outputs) if outputs else b""
+        args = (*who, len(items), packed, *words, *blobs)
+        state, *results = await self.writer.run(scripts["settle"], (*keys, *staged.keys), args)
         if state == b"FENCED":
             raise self._acks.lost()
         if state == b"TYPE":
@@ -298,7 +326,7 @@ class Incarnation:
 
     async def schedule(self, partition: int, items: Sequence[Item]) -> None:
         """Remember when these are due, and end a read that would block longer."""
-        at_ms = min((int(at) for verdict, _, _, at, _ in items if verdict in _WAIT), default=_NEVER)
+        at_ms = min((int(item.detail) for item in items if item.verdict in _WAIT), default=_NEVER)
         self.due_ms[partition] = min(self.due_ms[partition], at_ms)
         if at_ms < self._blocked_until_ms:
             await self.writer.calls([("CLIENT", "UNBLOCK", self.reader.client_id)])

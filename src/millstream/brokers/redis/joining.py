@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from millstream.brokers.base import check_mode, check_owner
+from millstream.brokers.base import Subscription, check_mode, check_owner
 from millstream.brokers.redis.link import Link, ReplyError
-from millstream.brokers.redis.members import Place
+from millstream.brokers.redis.members import Place, behind
 from millstream.brokers.redis.scripts import scripts
 
 SILENCE_MS = 1_000  # beyond the lease: so long nobody has swept a group whose members are all dead
@@ -30,6 +30,21 @@ async def join(
             check_mode(place.stream, place.group, mode != "log", mode == "log")
         if state == b"OWNER":
             check_owner(place.stream, place.group, answer[0].decode(), owner)
+
+
+async def create(link: Link, place: Place, subscription: Subscription) -> None:
+    """Make the group where it is missing, and leave it as it is where it is not. Raises `GroupOwned`."""
+    fields = f"mode:{place.group}", f"owner:{place.group}"
+    known = _good(link, await link.calls([("HMGET", at.meta, *fields) for at in place.at]))
+    mode = "log" if subscription.order else "queue"
+    for at, (found, owner) in zip(place.at, known, strict=True):
+        if not found:
+            args = place.group, subscription.owner, behind(subscription.start), mode
+            keys = at.log, at.meta, at.due, at.note, at.lease
+            state, *answer = await link.run(scripts["join"], keys, args)
+            owner = answer[0] if state == b"OWNER" else None
+        if owner:
+            check_owner(place.stream, place.group, owner.decode(), subscription.owner)
 
 
 async def _switch(link: Link, place: Place, mode: str, lease_s: float) -> None:

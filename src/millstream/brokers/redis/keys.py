@@ -18,7 +18,7 @@ MAX_KEY_PART_BYTES = 256  # of an event key that becomes part of a name; a longe
 class Keys:
     """The keys of one stream in a namespace."""
 
-    __slots__ = ("_unit", "logs", "stream_meta", "streams")
+    __slots__ = ("_unit", "logs", "probe", "slots", "stream_meta", "streams")
 
     def __init__(self, namespace: str, stream: str, partitions: int) -> None:
         front = namespace + ":" if namespace else ""
@@ -27,7 +27,11 @@ class Keys:
         self.streams = f"{front}millstream:streams".encode()
         """Set: the names of all declared streams."""
         self.stream_meta = f"{self._unit}meta".encode()
-        """Hash `v partitions key codec`: how the stream was declared."""
+        """Hash `v partitions key codec policy pinned_by`: how the stream was declared, and what holds for it."""
+        self.slots = f"{self._unit}slots".encode()
+        """Hash: each schedule that publishes to the stream, and the last moment that it has published (milliseconds)."""
+        self.probe = f"{self._unit}probe".encode()
+        """Stream, for a moment: what a server does is tried on it."""
         self.logs = (
             (name.encode(),)
             if partitions == 1
@@ -68,11 +72,23 @@ class Keys:
         return self._beside(partition, f"stats:{group}")
 
     def meta(self, partition: int) -> bytes:
-        """Hash: what must be remembered about the groups of a partition."""
+        """Hash: what must be remembered about the groups of a partition; `repeats put_aside trimmed full_at` of itself."""
         return self._beside(partition, "meta")
 
+    def later(self, partition: int) -> bytes:
+        """Sorted set: events that are kept aside, each whole, and when they are due (milliseconds)."""
+        return self._beside(partition, "later")
+
+    def ids(self, partition: int) -> tuple[bytes, bytes, bytes]:
+        """Hashes, used in turn: ids that are remembered, and the offset of the first event of each."""
+        return self._beside(partition, "ids:0"), self._beside(partition, "ids:1"), self._beside(partition, "ids:2")
+
+    def store(self, partition: int) -> tuple[bytes, ...]:
+        """What `lua/lib/store.lua` needs to put a record into a partition, in its order."""
+        return self.log(partition), self.later(partition), *self.ids(partition), self.meta(partition)
+
     def lease(self, partition: int, group: str) -> bytes:
-        """Hash `owner epoch seq w wn h open clean was want next done retried`: who may work on it, and how far it is."""
+        """Hash `owner epoch seq w wn h open clean was want next done retried gaps`: who may work on it; how far it is."""
         return self._beside(partition, f"lease:{group}")
 
     def parked(self, partition: int, group: str) -> bytes:

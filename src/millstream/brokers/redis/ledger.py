@@ -47,11 +47,11 @@ from millstream.brokers.redis.incarnation import MAX_REPLY_BYTES, TRUST
 from millstream.brokers.redis.joining import join
 from millstream.brokers.redis.link import BLOCK_S, Link, ReplyError, pack
 from millstream.brokers.redis.members import MAX_DEAD_AT_ONCE, SWEEP_S, Place, Ticks, behind, new_name
+from millstream.brokers.redis.outputs import Targets
 from millstream.brokers.redis.pair import Pair
 from millstream.brokers.redis.progress import BEFORE_ALL, call, committed, grant
 from millstream.brokers.redis.scripts import scripts
 from millstream.errors import BrokerDown, BrokerError, BrokerFull, LeaseLost, WireError
-from millstream.telemetry import logger
 from millstream.wire import entry
 
 if TYPE_CHECKING:
@@ -118,8 +118,8 @@ class RedisLedger:
         self._ticks = Ticks(broker.clock, subscription.lease_s)
         self._replaced = False
         self._beat_at = 0.0
-        self._sweep_at = self._gaps_at = 0.0
-        self._gaps: dict[int, Gaps] = {}
+        self._sweep_at = 0.0
+        self._gaps = Gaps(place, name, broker.clock, subscription.lease_s)
         self._ahead_ms = 0.0
         self._silent: Mapping[str, bytes] = {}
         self._largest_bytes = 1
@@ -211,7 +211,7 @@ class RedisLedger:
     async def acquire(self, seen: Lease) -> Grant | None:
         """Take a lease that is free, or whose owner is silent."""
         writer, at = await self._writer(), self._place.at[seen.partition]
-        keys = at.log, self._fence, self._place.live, at.lease, at.meta, at.parked, at.parkinfo, at.note
+        keys = at.log, self._fence, self._place.live, at.lease, at.meta, at.parked, at.parkinfo, at.note, at.stats
         score = self._silent.get(seen.owner, b"")
         who = self._place.group, self.name, self._nonce
         state, *answer = await writer.run(
@@ -224,7 +224,7 @@ class RedisLedger:
         if state != b"OK":
             return None
         found = grant(seen.partition, answer)
-        self._gaps[seen.partition] = Gaps(found)
+        self._gaps.begin(found, answer[-1])
         return found
 
     async def ask(self, seen: Lease) -> None:
@@ -241,7 +241,7 @@ class RedisLedger:
 
     async def read(self, cursors: Mapping[int, Cursor], limit: int, wait_s: float) -> list[Claim]:
         """Events behind the cursors; waits for the first one, for a second at most."""
-        await self._look_for_gaps(await self._writer(), cursors)
+        await self._gaps.look(await self._writer(), list(cursors))
         block_s = 0.0 if self._pair.woken else min(wait_s, BLOCK_S)
         block_ms = math.ceil(block_s * 1000)
         try:
@@ -259,8 +259,8 @@ class RedisLedger:
             partition = self._partition_of[log]
             cursor = cursors[partition]
             read = list(self._claims(partition, entries[: cursor.room], cursor.epoch))
-            if read and partition in self._gaps:
-                self._gaps[partition].passed(cursor, read[-1].stored.position.offset, len(read))
+            if read:
+                self._gaps.passed(partition, cursor, read[-1].stored.position.offset, len(read))
             claims += read
         return claims
 
@@ -296,19 +296,15 @@ class RedisLedger:
         return bool(await writer.run(scripts["begin"], (at.lease, at.note), (self.name, epoch, *offsets)) == b"OK")
 
     async def commit(self, commits: Sequence[Commit]) -> list[Committed]:
-        """Store progress, in one write. Outputs are stored before."""
+        """Store progress with its outputs, in one write; or, where the server cannot do both in one step, outputs before."""
         writer = await self._writer()
-        refused = await self._append(writer, commits)
-        sent = [commit for commit in commits if commit.partition not in refused]
-        calls = [call(self._place, self.name, self._counted(commit), self._theirs) for commit in sent]
-        replies = await writer.run_each(scripts["commit"], calls)
-        answers = {partition: Committed(state) for partition, state in refused.items()}
-        for commit, reply in zip(sent, replies, strict=True):
-            if isinstance(reply, ReplyError):
-                raise writer.failure(reply, "script commit")
-            answers[commit.partition] = answer = committed(*reply)
-            if answer.state is not State.STORED:
-                self._appended.pop(commit.partition, None)
+        if not self._broker.traits.atomic_outputs:
+            return await self._append_and_commit(writer, commits)
+        outputs = [effect for commit in commits for effect in commit.effects if isinstance(effect, Output)]
+        targets = await Targets.of(self._broker, writer, outputs)
+        if (problem := targets.problem(outputs)) is not None:
+            raise problem
+        answers = await self._commit(writer, commits, targets)
         return [answers[commit.partition] for commit in commits]
 
     # Below: how.
@@ -361,31 +357,6 @@ class RedisLedger:
         owner, epoch, want, heir = ((field or b"").decode() for field in fields)
         return Lease(partition, owner, int(epoch or 0), want, heir, self._ours(first[1]) if first else _NEVER)
 
-    async def _look_for_gaps(self, writer: Link, cursors: Mapping[int, Cursor]) -> None:
-        # Now and then, while no read of these is under way.
-        now = self._clock.monotonic()
-        if now < self._gaps_at:
-            return
-        self._gaps_at = now + min(self._subscription.lease_s / 2, SWEEP_S)
-        looked = [partition for partition in cursors if partition in self._gaps]
-        replies = await writer.calls([("XINFO", "STREAM", self._place.at[partition].log) for partition in looked])
-        for partition, reply in zip(looked, replies, strict=True):
-            info = {} if isinstance(reply, ReplyError) else dict(zip(reply[::2], reply[1::2], strict=True))
-            if b"entries-added" not in info:
-                continue
-            first = info[b"first-entry"][0].decode() if info[b"first-entry"] else ""
-            lost = self._gaps[partition].look(info[b"entries-added"], info[b"length"], first)
-            if lost:
-                where = self._place.group, self._place.stream, lost, partition
-                logger.error(
-                    "group %s of %s: %d events of partition %d were trimmed away before they were read", *where
-                )
-
-    def _counted(self, commit: Commit) -> Commit:
-        gaps = self._gaps.get(commit.partition)
-        missing = gaps.before(commit.w) if gaps else 0
-        return replace(commit, ordinal=commit.ordinal + missing) if missing and commit.ordinal is not None else commit
-
     def _read_command(self, cursors: Mapping[int, Cursor], limit: int, block_ms: int) -> bytes:
         room = max(cursor.room for cursor in cursors.values())
         each = MAX_REPLY_BYTES // self._largest_bytes // len(cursors)
@@ -407,6 +378,35 @@ class RedisLedger:
             if len(record.data) > largest:
                 self._largest_bytes = largest = len(record.data)
             yield Claim(Stored(Position(partition, offset), record), 1, token=token)
+
+    async def _commit(self, writer: Link, commits: Sequence[Commit], targets: Targets | None) -> dict[int, Committed]:
+        calls = [call(self._place, self.name, self._gaps.counted(commit), self._theirs, targets) for commit in commits]
+        replies = await writer.run_each(scripts["commit"], calls)
+        answers: dict[int, Committed] = {}
+        for commit, reply in zip(commits, replies, strict=True):
+            if isinstance(reply, ReplyError):
+                raise writer.failure(reply, "script commit")
+            if targets is not None and reply[0] == b"REFUSED":
+                answers[commit.partition] = self._refused(commit, targets, *reply[1:])
+            else:
+                answers[commit.partition] = committed(*reply)
+        return answers
+
+    def _refused(self, commit: Commit, targets: Targets, why: bytes, number: int) -> Committed:
+        output = [effect for effect in commit.effects if isinstance(effect, Output)][number - 1]
+        error = targets.refusal(output, why)
+        if not isinstance(error, BrokerFull):
+            raise error
+        return Committed(State.FULL, why=str(error))
+
+    async def _append_and_commit(self, writer: Link, commits: Sequence[Commit]) -> list[Committed]:
+        refused = await self._append(writer, commits)
+        answers = {partition: Committed(state) for partition, state in refused.items()}
+        answers |= await self._commit(writer, [commit for commit in commits if commit.partition not in refused], None)
+        for partition, answer in answers.items():
+            if answer.state is not State.STORED:
+                self._appended.pop(partition, None)
+        return [answers[commit.partition] for commit in commits]
 
     async def _append(self, writer: Link, commits: Sequence[Commit]) -> dict[int, State]:
         # Outputs of those whose lease is ours. Returns which commits are not to be sent, and why.

@@ -62,6 +62,8 @@ class Target:
     password: str = field(default="", repr=False)
     namespace: str = ""
     connect_timeout_s: float = 5.0
+    outputs_before: bool = False
+    """Outputs are stored before their outcomes, not with them: the keys of two streams cannot be in one call."""
 
     @property
     def where(self) -> str:
@@ -402,8 +404,9 @@ _MEANING: Mapping[str, tuple[type[BrokerError], str]] = {
     "WRONGTYPE": (BrokerRefused, "a key of this name holds something else: use another name, or a namespace"),
 }
 
-# Redis 6.2 wraps what fails inside a script: "ERR Error running script (call to f_…): @user_script:12: -OOM command …"
-_IN_SCRIPT = re.compile(r"^ERR .*@user_script: ?\d+: ?-?([A-Z]+) ")
+# Redis 6.2 wraps what fails inside a script: "ERR Error running script (call to f_…): @user_script:12: -OOM command …", and
+# what a script catches and gives back begins with "@user_script".
+_IN_SCRIPT = re.compile(r"^(?:ERR .*)?@user_script: ?\d+: ?-?([A-Z]+) ")
 
 
 def broker_error(reply: Exception, doing: str) -> BrokerError:

@@ -23,6 +23,7 @@ from millstream.brokers.redis.link import Link, ReplyError
 from millstream.brokers.redis.scripts import scripts
 from millstream.clock import Clock
 from millstream.errors import GroupVanished
+from millstream.telemetry import logger
 
 PREFIX = "ms."  # of every consumer of ours
 WAITING = b"~due"  # the pseudo-consumer that owns what waits
@@ -73,6 +74,7 @@ class Place:
             for p in self.partitions
         ]
         self.live, self.tick = keys.live(group), keys.tick(group)
+        self.probe = keys.probe
         self._keys = keys
 
     def fence(self, consumer: str) -> bytes:
@@ -194,7 +196,7 @@ class Members:
         # The consumers of a partition; None when somebody else has swept it just now.
         place = self._place
         at = place.at[partition]
-        keys = at.log, at.meta, at.due
+        keys = at.log, at.meta, at.due, at.note, at.stats, at.lease
         often_ms = int(self.sweep_s * 800)  # a little less than our own period, or two processes would skip in turns
         cursor = b"-"
         names: list[bytes] = []
@@ -204,7 +206,10 @@ class Members:
                 return None
             if state == b"NOGROUP":
                 raise GroupVanished(f"group {place.group!r} of {place.stream!r} is gone")
-            missing, cursor, *names = answer
+            missing, cursor, lost, *names = answer
+            if lost:
+                where = place.group, place.stream, lost, partition
+                logger.error("group %s of %s: %d events of partition %d are gone that were never settled", *where)
             if missing:
                 free.add(partition)
         return names
@@ -217,7 +222,8 @@ class Members:
         place, idle_ms = self._place, int(self.claim_after_s * 1000)
         free = set()
         for partition in partitions:
-            keys = place.at[partition].log, place.at[partition].due
+            at = place.at[partition]
+            keys = at.log, at.due, at.stats
             if await link.run(scripts["adopt"], keys, (place.group, name, idle_ms, MAX_ITEMS)):
                 free.add(partition)
         return free

@@ -11,6 +11,7 @@ from millstream.brokers.base import Output
 from millstream.brokers.ledger import Bury, Commit, Committed, Delay, Effect, Grant, Park, Pop, State
 from millstream.brokers.redis import parked
 from millstream.brokers.redis.members import Place
+from millstream.brokers.redis.outputs import Staged, Targets
 from millstream.errors import BrokerRefused
 from millstream.units import MAX_DEAD, MAX_ERROR_CHARS
 
@@ -22,7 +23,7 @@ _STATES |= dict.fromkeys((b"LOST", b"GONE", b"SEQ"), State.LOST)
 
 def grant(partition: int, answer: Sequence[Any]) -> Grant:
     """What `acquire.lua` granted."""
-    epoch, w, wn, h, opened, clean, last, lost, regressed, events_parked, keys, crashes = answer
+    epoch, w, wn, h, opened, clean, last, lost, regressed, events_parked, keys, crashes, _ = answer
     return Grant(
         partition,
         int(epoch),
@@ -41,9 +42,12 @@ def grant(partition: int, answer: Sequence[Any]) -> Grant:
 
 
 def call(
-    place: Place, name: str, commit: Commit, translated: Callable[[float], int]
+    place: Place, name: str, commit: Commit, translated: Callable[[float], int], targets: Targets | None
 ) -> tuple[Sequence[bytes], Sequence[Any]]:
-    """Keys and arguments of `commit.lua`, without outputs. Due times are to be translated into the server's."""
+    """Keys and arguments of `commit.lua`; without targets, without outputs.
+
+    Due times of what is parked are to be translated into the server's.
+    """
     at, partition = place.at[commit.partition], commit.partition
     keys = [at.log, at.lease, at.parked, at.parkinfo, at.note, at.dead]
     lists: dict[str, int] = {}
@@ -56,8 +60,12 @@ def call(
     who = place.group, name, commit.epoch, commit.seq
     ordinal = "" if commit.ordinal is None else commit.ordinal
     progress = commit.w or BEFORE_ALL, ordinal, commit.h, " ".join(commit.open), commit.done, commit.retried
-    packed = msgspec.msgpack.encode(effects) if effects else b""
-    return keys, (*who, *progress, partition, MAX_DEAD, " ".join(commit.cleared), packed, *blobs)
+    packed = [_pack(effects), b""]
+    if targets is not None:
+        staged = Staged(targets, len(keys), blobs)
+        packed[1] = _pack([staged.add(effect) for effect in commit.effects if isinstance(effect, Output)])
+        keys += staged.keys
+    return keys, (*who, *progress, partition, MAX_DEAD, " ".join(commit.cleared), *packed, *blobs)
 
 
 def committed(state: bytes, *answer: Any) -> Committed:
@@ -68,6 +76,10 @@ def committed(state: bytes, *answer: Any) -> Committed:
         return Committed(_STATES[state])
     events_parked, *emptied = answer
     return Committed(State.STORED, frozenset(key.decode() for key in emptied), events_parked)
+
+
+def _pack(words: Sequence[Any]) -> bytes:
+    return msgspec.msgpack.encode(words) if words else b""
 
 
 def _words(

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from sqlite3 import Connection
 from typing import TYPE_CHECKING, TypeVar
+
+from msgspec.structs import replace
 
 from millstream.brokers.base import (
     DeadLetter,
     GroupInfo,
     ParkedKey,
     PendingInfo,
+    Policy,
     Start,
     Stored,
     StreamInfo,
-    StreamSpec,
 )
 from millstream.brokers.ledger import HELD_MS
 from millstream.brokers.sqlite import log, parked, verbs
@@ -40,7 +42,7 @@ class SQLiteAdmin:
         """All streams of our namespace, by name."""
 
         def job(db: Connection) -> list[StreamInfo]:
-            rows = db.execute("SELECT id, name, partitions, key, codec FROM stream ORDER BY name").fetchall()
+            rows = db.execute(f"SELECT {log.STREAM} FROM stream ORDER BY name").fetchall()  # noqa: S608 - a constant
             known = [(self._broker.outside(row[1]), log.Known._make(row)) for row in rows]
             return [_stream(db, name, stream) for name, stream in known if name is not None]
 
@@ -159,6 +161,33 @@ class SQLiteAdmin:
 
         await self._change(stream, group, verb)
 
+    async def apply(self, stream: str, policy: Policy) -> None:
+        """Change what holds for a stream, from now on and for all who use it."""
+        name = self._broker.inside(stream)
+
+        def job(db: Connection) -> None:
+            known = log.known_as(db, name)
+            db.execute("UPDATE stream SET policy = ? WHERE id = ?", (log.written(policy), known.id))
+
+        await self._broker.writer.ask(job, durable=True, rings=True)
+
+    async def discard(self, stream: str) -> None:
+        """Delete a stream with all that it has, in short transactions: one that is interrupted has less, and no groups."""
+        name, now_s = self._broker.inside(stream), self._broker.clock.monotonic()
+        while await self._broker.writer.ask(lambda db: verbs.discard(db, name, now_s), durable=True, rings=True):
+            pass
+
+    async def slots(self, stream: str) -> Mapping[str, int]:
+        """The schedules that have published to a stream, and the last slot of each."""
+        name = self._broker.inside(stream)
+
+        def job(db: Connection) -> dict[str, int]:
+            known = log.find(db, name)
+            found = db.execute("SELECT schedule, at_ms FROM slot WHERE stream = ?", (known.id if known else None,))
+            return dict(found.fetchall())
+
+        return await self._broker.reader.ask(job)
+
     async def _change(self, stream: str, group: str, verb: Callable[[Connection, verbs.Known], T]) -> T:
         name = self._broker.inside(stream)
 
@@ -200,25 +229,36 @@ class SQLiteAdmin:
 
 
 def _stream(db: Connection, name: str, stream: log.Known) -> StreamInfo:
-    logs = (stream.log(0), stream.log(stream.partitions - 1))
-    added, bytes_, last_ms = db.execute(
-        "SELECT SUM(last), SUM(bytes), MAX(last_ms) FROM log WHERE id BETWEEN ? AND ?", logs
-    ).fetchone()
+    logs = db.execute("SELECT id, last, gone, bytes, last_ms FROM log WHERE id BETWEEN ? AND ?", stream.logs).fetchall()
     first = [
-        db.execute("SELECT stored_ms FROM event WHERE row = ?", (log.first_row(stream.id, p) | 1,)).fetchone()
-        for p in range(stream.partitions)
+        db.execute("SELECT stored_ms FROM event WHERE row = ?", (id_ << log.SEQ_BITS | gone + 1,)).fetchone()
+        for id_, last, gone, _, _ in logs
+        if last > gone
     ]
-    first_ms = min((row[0] for row in first if row), default=None)
-    spec = StreamSpec(name, stream.partitions, stream.key, stream.codec)
-    return StreamInfo(spec, added, added, bytes_, first_ms, last_ms or None)
+    repeats, trimmed, delayed = db.execute(
+        "SELECT repeats, trimmed, delayed FROM stream WHERE id = ?", (stream.id,)
+    ).fetchone()
+    return StreamInfo(
+        replace(stream.spec, name=name),
+        events=sum(last - gone for _, last, gone, _, _ in logs),
+        added=sum(last for _, last, _, _, _ in logs),
+        bytes=sum(bytes_ for _, _, _, bytes_, _ in logs),
+        first_ms=min((row[0] for row in first if row), default=None),
+        last_ms=max(last_ms for *_, last_ms in logs) or None,
+        policy=stream.policy,
+        delayed=delayed,
+        repeats=repeats,
+        trimmed=trimmed,
+    )
 
 
 def _group(db: Connection, stream: str, group: int, now_s: float) -> GroupInfo:
-    name, owner, done, retried, replayed, dropped = db.execute(
-        "SELECT name, owner, done, retried, replayed, dropped FROM grp WHERE id = ?", (group,)
+    name, owner, done, retried, replayed, dropped, lost, seen_ms = db.execute(
+        "SELECT name, owner, done, retried, replayed, dropped, lost, seen_ms FROM grp WHERE id = ?", (group,)
     ).fetchone()
     lag, dead = db.execute(
-        "SELECT SUM(last - seq), SUM(dead) FROM cursor JOIN log ON log.id = cursor.log WHERE grp = ?", (group,)
+        "SELECT SUM(last - MAX(seq, gone)), SUM(dead) FROM cursor JOIN log ON log.id = cursor.log WHERE grp = ?",
+        (group,),
     ).fetchone()
     pending, waiting = db.execute(
         "SELECT COUNT(*), TOTAL(consumer = 0) FROM pending WHERE grp = ?", (group,)
@@ -237,6 +277,8 @@ def _group(db: Connection, stream: str, group: int, now_s: float) -> GroupInfo:
         retried=retried,
         replayed=replayed,
         dropped=dropped,
+        lost=lost,
+        seen_ms=seen_ms or None,
     )
 
 

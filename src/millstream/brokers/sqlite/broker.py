@@ -1,22 +1,38 @@
 """Events in one SQLite file, shared by all processes of a machine. The URL, publishing and reading.
 
-`file.py` finds the file, `writer.py` has the threads, `log.py` the events, `consumer.py` the groups without order,
-`ledger.py` those in the order of keys, `schema.sql` and `schema_2.sql` all tables.
+`file.py` finds the file, `writer.py` has the threads, `storing.py` stores events, `log.py` finds them, `retention.py`
+removes them, `consumer.py` has the groups without order, `ledger.py` those with; the schemas have all tables.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from sqlite3 import Connection
 from typing import cast
 from urllib.parse import parse_qsl, unquote
 
-from millstream.brokers.base import Confirm, Consumer, Position, Record, Start, Stored, StreamSpec, Subscription, Traits
+from msgspec.structs import replace
+
+from millstream.brokers.base import (
+    Confirm,
+    Consumer,
+    Policy,
+    Position,
+    Record,
+    Slot,
+    Start,
+    Stored,
+    StreamSpec,
+    Subscription,
+    Tended,
+    Traits,
+)
 from millstream.brokers.ordered import OrderedConsumer
-from millstream.brokers.sqlite import log
+from millstream.brokers.sqlite import log, member, retention, storing
 from millstream.brokers.sqlite.admin import SQLiteAdmin
 from millstream.brokers.sqlite.consumer import SQLiteConsumer
 from millstream.brokers.sqlite.file import File, InDoubt, Synchronous
@@ -29,6 +45,7 @@ from millstream.settings import Settings
 from millstream.telemetry import Telemetry, logger
 
 MAX_READ = 10_000  # events in one answer: the reader's transaction must stay short
+MAX_STEPS = 10  # of one round of housekeeping, each a transaction of its own
 
 
 class SQLiteBroker:
@@ -49,7 +66,15 @@ class SQLiteBroker:
         self.url = f"sqlite:///{os.path.abspath(path)}"
         self.admin = SQLiteAdmin(self)
         confirms: set[Confirm] = {"memory", "fsync"} if self._synchronous == "full" else {"memory"}
-        self.traits = Traits(order=True, atomic_outputs=True, confirms=frozenset(confirms))
+        self.traits = Traits(
+            order=True,
+            delayed=True,
+            atomic_outputs=True,
+            confirms=frozenset(confirms),
+            dedupe=True,
+            retention=True,
+            slots=True,
+        )
 
     async def open(self) -> None:
         """Find or create the file. Raises `BrokerRefused` for one that is not ours, and leaves it untouched."""
@@ -98,14 +123,10 @@ class SQLiteBroker:
         namespace, separator, stream = name.rpartition(":")
         return stream if namespace + separator == self._prefix else None
 
-    async def declare(self, stream: StreamSpec) -> None:
-        """Create the stream, or compare it with what is recorded: `StreamMismatch`."""
+    async def declare(self, stream: StreamSpec, policy: Policy | None = None) -> Policy:
+        """Create the stream, or compare it with what is recorded: `StreamMismatch`. Returns the policy that holds."""
         name = self.inside(stream.name)
-
-        def job(db: Connection) -> None:
-            log.declare(db, name, stream)
-
-        await self.writer.ask(job, durable=True)
+        return await self.writer.ask(lambda db: log.declare(db, name, stream, policy).policy, durable=True)
 
     async def append(self, stream: str, records: Sequence[Record], confirm: Confirm = "memory") -> list[Position]:
         """Store the records in one transaction: all of them or none. They are on the disk when this returns."""
@@ -114,10 +135,30 @@ class SQLiteBroker:
         if not records:
             return []
         name, now_ms = self.inside(stream), self.clock.now_ms()
+
+        def job(db: Connection) -> list[Position]:
+            return storing.store(db, log.known_as(db, name), records, now_ms)
+
         try:
-            return await self.writer.ask(lambda db: log.store(db, name, records, now_ms), durable=True, rings=True)
+            return await self.writer.ask(job, durable=True, rings=True)
         except InDoubt as error:
             raise Unconfirmed(str(error), results=[None] * len(records)) from error
+
+    async def append_slot(self, stream: str, slot: Slot, record: Record | None) -> bool:
+        """Store the event of a slot, and that it was, in one transaction; False when it was there already."""
+        name, now_ms = self.inside(stream), self.clock.now_ms()
+        try:
+            return await self.writer.ask(
+                lambda db: storing.store_slot(db, name, slot, record, now_ms), durable=True, rings=True
+            )
+        except InDoubt as error:
+            raise Unconfirmed(str(error), results=[None]) from error
+
+    async def tend(self, stream: str) -> Tended:
+        """Publish what has fallen due, remove what may go, count what is lost, in a few short transactions."""
+        published, due_ms = await self._ripen(stream)
+        tended = await self._trim(stream)
+        return replace(tended, published=published, due_ms=due_ms)
 
     async def read(self, stream: str, partition: int, after: Position | None, limit: int) -> list[Stored]:
         """Up to `limit` events behind a position, in order; an empty list is the end."""
@@ -141,7 +182,7 @@ class SQLiteBroker:
 
         def job(db: Connection) -> bool:
             known = log.known_as(db, name)
-            return any(log.locate(db, known.log(p), "now") > log.seq_of(position) for p, position in after.items())
+            return any(log.ends_behind(db, known.log(p), log.seq_of(position)) for p, position in after.items())
 
         until_s = self.clock.monotonic() + wait_s
         while True:
@@ -152,9 +193,36 @@ class SQLiteBroker:
             if left_s <= 0 or not await self.writer.listen(bell, left_s):
                 return
 
+    async def create(self, subscription: Subscription) -> None:
+        """Make a group, if it is new, without joining it."""
+        name, now_ms = self.inside(subscription.stream.name), self.clock.now_ms()
+        await self.writer.ask(lambda db: member.create(db, name, subscription, now_ms), durable=True)
+
     async def subscribe(self, subscription: Subscription) -> Consumer:
         """Join a group, which is made if it is new. One that has nothing to finish may change its way to consume."""
         return await subscribed(self._member, subscription, self.clock)
+
+    async def _ripen(self, stream: str) -> storing.Ripe:
+        name, published = self.inside(stream), 0
+        for _ in range(MAX_STEPS):
+            now_ms = self.clock.now_ms()
+            ripe = await self.writer.ask(lambda db: storing.ripen(db, name, now_ms), durable=True)  # noqa: B023 - awaited
+            published += ripe.published
+            if not ripe.published:
+                break
+            self.writer.ring()
+        return storing.Ripe(published, ripe.due_ms)
+
+    async def _trim(self, stream: str) -> Tended:
+        name, trimmed, lost = self.inside(stream), 0, Counter[str]()
+        for _ in range(MAX_STEPS):
+            now_ms, now_s = self.clock.now_ms(), self.clock.monotonic()
+            step = await self.writer.ask(lambda db: retention.trim(db, name, now_ms, now_s))  # noqa: B023 - awaited
+            trimmed += step.tended.trimmed
+            lost.update(step.tended.lost)
+            if not step.more:
+                break
+        return replace(step.tended, trimmed=trimmed, lost=dict(lost))
 
     async def _member(self, subscription: Subscription) -> Consumer:
         consumer = (

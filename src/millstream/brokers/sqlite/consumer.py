@@ -24,11 +24,11 @@ import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from millstream.brokers.base import Claim, Kept, Position, Settlement, Subscription
+from millstream.brokers.base import Claim, Dead, Kept, Position, Settlement, Subscription
 from millstream.brokers.sqlite import group, member
 from millstream.brokers.sqlite.member import Life, Member
 from millstream.brokers.sqlite.watch import Watch
-from millstream.errors import BrokerError, LeaseLost
+from millstream.errors import BrokerError, BrokerFull, LeaseLost
 from millstream.telemetry import logger
 
 if TYPE_CHECKING:
@@ -60,13 +60,13 @@ class SQLiteConsumer:
     async def enter(self) -> None:
         """Begin a life under a new name; makes stream and group where they are missing."""
         self._lives += 1
-        name, nonce, beat_s = f"{self._name}.{self._lives}", self._clock.nonce(), self._clock.monotonic()
+        life = Life(f"{self._name}.{self._lives}", self._clock.nonce(), self._clock.monotonic(), self._clock.now_ms())
         subscription, inside = self._subscription, self._broker.inside(self._subscription.stream.name)
         self._me = await self._broker.writer.ask(
-            lambda db: member.enter(db, inside, subscription, Life(name, nonce, beat_s)), durable=True, rings=True
+            lambda db: member.enter(db, inside, subscription, life), durable=True, rings=True
         )
         self._watch.forget()
-        self._watch.beat(beat_s, self._clock.monotonic())
+        self._watch.beat(life.beat_s, self._clock.monotonic())
 
     async def fetch(self, limit: int, wait_s: float) -> list[Claim]:
         """Claim up to `limit` events; waits up to `wait_s` for the first one."""
@@ -88,30 +88,24 @@ class SQLiteConsumer:
             raise LeaseLost(f"group {self._subscription.group!r}: somebody else has taken over what we held")
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[bool]:
-        """Store outcomes with their outputs, all in one transaction: when it raises, none is stored, or it is in doubt."""
-        me = self._me
-        items = [(settlement, self._held.get(settlement.position, 0)) for settlement in settlements]
-        if me is None or not any(attempt for _, attempt in items):
-            return [False] * len(items)
-        now_ms, inside = self._clock.now_ms(), self._broker.inside
-        results = await self._broker.writer.ask(
-            lambda db: group.settle(db, me, items, inside, now_ms),
-            durable=True,
-            rings=any(group.wakes(settlement) for settlement in settlements),
-        )
-        if results is None:
-            self._lose(me)
-        for settlement, attempt in items:
-            if self._held.get(settlement.position) == attempt:
-                del self._held[settlement.position]
-        return [False] * len(items) if results is None else results
+        """Store outcomes with their outputs, all in one transaction: when it raises, none is stored, or it is in doubt.
+
+        Unless there is no room: then those are stored, in a second one, that need none.
+        """
+        try:
+            return await self._settle(settlements)
+        except BrokerFull:
+            small = [settlement for settlement in settlements if not _needs_room(settlement)]
+            if len(small) < len(settlements):
+                await self._settle(small)
+            raise
 
     async def keep(self) -> Kept:
         """Heartbeat; evicts who fell silent. Once evicted itself, enters anew and tells what was lost."""
-        me, sent_s, beat = self._me, self._clock.monotonic(), None
+        me, sent_s, sent_ms, beat = self._me, self._clock.monotonic(), self._clock.now_ms(), None
         if me is not None:
             try:
-                beat = await self._broker.writer.ask(lambda db: member.beat(db, me, sent_s))
+                beat = await self._broker.writer.ask(lambda db: member.beat(db, me, sent_s, sent_ms))
             except BaseException:
                 self._watch.forget()
                 raise
@@ -144,6 +138,24 @@ class SQLiteConsumer:
             await self._broker.writer.ask(lambda db: group.leave(db, me), durable=True, rings=True)
         except BrokerError as error:
             logger.warning("group %s could not be left: %s", self._subscription.group, error)
+
+    async def _settle(self, settlements: Sequence[Settlement]) -> list[bool]:
+        me = self._me
+        items = [(settlement, self._held.get(settlement.position, 0)) for settlement in settlements]
+        if me is None or not any(attempt for _, attempt in items):
+            return [False] * len(items)
+        now_ms, inside = self._clock.now_ms(), self._broker.inside
+        results = await self._broker.writer.ask(
+            lambda db: group.settle(db, me, items, inside, now_ms),
+            durable=True,
+            rings=any(group.wakes(settlement) for settlement in settlements),
+        )
+        if results is None:
+            self._lose(me)
+        for settlement, attempt in items:
+            if self._held.get(settlement.position) == attempt:
+                del self._held[settlement.position]
+        return [False] * len(items) if results is None else results
 
     async def _take(self, limit: int) -> list[Claim]:
         # Not while something is held: it was lost, and `keep` has to tell it first.
@@ -210,3 +222,7 @@ class SQLiteConsumer:
             lost = frozenset(self._held)
             self._held.clear()
             return lost
+
+
+def _needs_room(settlement: Settlement) -> bool:
+    return bool(settlement.outputs) or isinstance(settlement.outcome, Dead)

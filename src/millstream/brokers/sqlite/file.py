@@ -30,8 +30,8 @@ Synchronous: TypeAlias = Literal["full", "normal"]
 MAGIC = b"SQLite format 3\0"
 HEADER_BYTES = 100  # https://www.sqlite.org/fileformat.html#the_database_header
 APPLICATION_ID = 0x4D696C6C  # "Mill": tells our files from other programs' SQLite databases
-SCHEMA_VERSION = 2
-SCHEMAS = ("schema.sql", "schema_2.sql")  # what each version adds to the one before it
+SCHEMA_VERSION = 3
+SCHEMAS = ("schema.sql", "schema_2.sql", "schema_3.sql")  # what each version adds to the one before it
 BUSY_MS = 10_000  # only strangers (a shell, a backup) hold SQLite's lock without the turnstile; they are soon done
 WAL_KEPT_BYTES = 4_194_304  # never cut below this: on a full disk, what was taken can still be settled
 CACHE_KIB = 16_384
@@ -175,12 +175,8 @@ class File:
 
     def _create(self) -> None:
         draft = f"{self.path}-new"
-        for rest in (
-            "",
-            "-journal",
-            "-wal",
-            "-shm",
-        ):  # of a process that was killed here; inside the turnstile we are alone
+        # What is there is of a process that was killed here: inside the turnstile we are alone.
+        for rest in ("", "-journal", "-wal", "-shm"):
             Path(draft + rest).unlink(missing_ok=True)
         with closing(sqlite3.connect(draft, isolation_level=None)) as connection:
             connection.executescript(_schema(0))

@@ -15,11 +15,11 @@ from millstream.brokers.base import (
     Done,
     Later,
     Outcome,
+    Output,
     Position,
-    Record,
     Settlement,
 )
-from millstream.brokers.sqlite import log
+from millstream.brokers.sqlite import log, loss, storing
 from millstream.brokers.sqlite.member import Member, oldest, present
 from millstream.units import DEAD_FULL_S, MAX_DEAD, MAX_ERROR_CHARS
 
@@ -145,7 +145,7 @@ def settle(
     """Store outcomes, and their outputs, of what is held at the attempt given; False for all else."""
     if not present(db, me):
         return None
-    outputs: dict[str, list[Record]] = {}
+    outputs: list[Output] = []
     done = retried = 0
     results = []
     for settlement, attempt in items:
@@ -155,10 +155,8 @@ def settle(
         if settled:
             done += isinstance(settlement.outcome, Done)
             retried += isinstance(settlement.outcome, Later) and settlement.outcome.counted
-            for output in settlement.outputs:
-                outputs.setdefault(output.stream, []).append(output.record)
-    for stream, records in outputs.items():
-        log.store(db, inside(stream), records, now_ms)
+            outputs += settlement.outputs
+    storing.store_outputs(db, outputs, inside, now_ms)
     if done or retried:
         db.execute("UPDATE grp SET done = done + ?, retried = retried + ? WHERE id = ?", (done, retried, me.group))
     return results
@@ -195,16 +193,37 @@ def _take_due(
     db: sqlite3.Connection, me: Member, now_ms: int, budget: log.Budget, held: Container[Position]
 ) -> list[Claim]:
     rows = db.execute(
-        f"SELECT attempt, suspect, postponed, {log.COLUMNS} FROM pending JOIN event ON event.row = pending.row "  # noqa: S608
+        f"SELECT pending.row, attempt, suspect, postponed, {log.COLUMNS} "  # noqa: S608 - a constant
+        "FROM pending LEFT JOIN event ON event.row = pending.row "
         "WHERE grp = ? AND consumer = 0 AND due_ms <= ? ORDER BY due_ms LIMIT ?",
         (me.group, now_ms, budget.events),
     )
-    claims = list(_claims(rows, budget, held, again=1))
+    lost: list[int] = []
+    claims = list(_claims(_there(rows, lost), budget, held, again=1))
+    _lose(db, me, lost)
     db.executemany(
         "UPDATE pending SET consumer = ?, due_ms = NULL, attempt = attempt + 1 WHERE grp = ? AND consumer = 0 AND row = ?",
         [(me.id, me.group, log.row_of(me.stream, claim.stored.position)) for claim in claims],
     )
     return claims
+
+
+def _there(rows: Iterable[log.Row], lost: list[int]) -> Iterator[log.Row]:
+    """Those that have an event still; the places of the others are noted."""
+    for row, *rest in rows:
+        if rest[-1] is None:
+            lost.append(row)
+        else:
+            yield rest
+
+
+def _lose(db: sqlite3.Connection, me: Member, rows: Sequence[int]) -> None:
+    """Let go what waits and has no event any more."""
+    if rows:
+        db.executemany(
+            "DELETE FROM pending WHERE grp = ? AND consumer = 0 AND row = ?", [(me.group, row) for row in rows]
+        )
+        loss.count(db, me.group, len(rows))
 
 
 def _claims(rows: Iterable[log.Row], budget: log.Budget, held: Container[Position], again: int) -> Iterator[Claim]:
@@ -220,31 +239,32 @@ def _claims(rows: Iterable[log.Row], budget: log.Budget, held: Container[Positio
 
 def _take_fresh(db: sqlite3.Connection, me: Member, turn: int, budget: log.Budget) -> Iterator[Claim]:
     logs = db.execute(
-        "SELECT log.id, seq, last FROM cursor JOIN log ON log.id = cursor.log WHERE grp = ? AND last > seq", (me.group,)
+        "SELECT log.id, seq, last FROM cursor JOIN log ON log.id = cursor.log WHERE grp = ? AND last > seq",
+        (me.group,),
     ).fetchall()
     first = turn % len(logs) if logs else 0
     for id_, seq, last in logs[first:] + logs[:first]:
         if not budget.events:
             return
-        base, taken = id_ << log.SEQ_BITS, 0
+        base, count, taken = id_ << log.SEQ_BITS, 0, last  # all that there is, unless the budget ends before
         rows = db.execute(
             f"SELECT {log.COLUMNS} FROM event WHERE row > ? AND row <= ? ORDER BY row LIMIT ?",  # noqa: S608 - a constant
             (base | seq, base | last, budget.events),
         )
         for row in rows:
+            count += 1
             stored = log.stored(row)
-            taken = row[0]
             room = budget.spend(stored)
             yield Claim(stored, 1)
             if not room:
+                taken = row[0] & log.MAX_SEQ
                 break
-        if taken:
-            db.execute(
-                "INSERT INTO pending (grp, consumer, row, attempt) "
-                "SELECT ?, ?, row, 1 FROM event WHERE row > ? AND row <= ?",
-                (me.group, me.id, base | seq, taken),
-            )
-            db.execute("UPDATE cursor SET seq = ? WHERE grp = ? AND log = ?", (taken & log.MAX_SEQ, me.group, id_))
+        db.execute(
+            "INSERT INTO pending (grp, consumer, row, attempt) SELECT ?, ?, row, 1 FROM event WHERE row > ? AND row <= ?",
+            (me.group, me.id, base | seq, base | taken),
+        )
+        db.execute("UPDATE cursor SET seq = ? WHERE grp = ? AND log = ?", (taken, me.group, id_))
+        loss.count(db, me.group, taken - seq - count)
 
 
 def _settle(db: sqlite3.Connection, mine: tuple[int, int, int, int], outcome: Outcome, now_ms: int) -> bool:

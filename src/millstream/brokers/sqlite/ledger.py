@@ -48,7 +48,7 @@ class SQLiteLedger:
     async def enter(self) -> None:
         """Become a member. Raises `GroupOwned`, `StreamMismatch`, and `NotSupported` for a group without order."""
         subscription, inside = self._subscription, self._broker.inside(self._subscription.stream.name)
-        life = Life(self.name, self._clock.nonce(), self._clock.monotonic())
+        life = Life(self.name, self._clock.nonce(), self._clock.monotonic(), self._clock.now_ms())
         self._member = await self._broker.writer.ask(
             lambda db: member.enter(db, inside, subscription, life), durable=True
         )
@@ -56,9 +56,9 @@ class SQLiteLedger:
 
     async def beat(self) -> None:
         """Say that we live. Raises `LeaseLost` when others found us silent, or the group is gone."""
-        me, sent_s = self._me, self._clock.monotonic()
+        me, sent_s, sent_ms = self._me, self._clock.monotonic(), self._clock.now_ms()
         try:
-            beat = await self._broker.writer.ask(lambda db: member.beat(db, me, sent_s))
+            beat = await self._broker.writer.ask(lambda db: member.beat(db, me, sent_s, sent_ms))
         except BaseException:
             self._watch.forget()
             raise

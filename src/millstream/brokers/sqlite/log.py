@@ -1,16 +1,20 @@
-"""The events of the file: places, storing, reading, finding a time. Functions of a connection inside a transaction.
+"""The events of the file: streams, places, reading, finding a time. Functions of a connection inside a transaction.
 
-A place is one integer, `log << 40 | sequence number`, with `log = stream * 1024 + partition`; see `schema.sql`.
+A place is one integer, `log << 40 | sequence number`, with `log = stream * 1024 + partition`; see `schema.sql`. Retention
+removes the first events of a log: those up to `log.gone` are not there any more.
 """
 
 from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
-from millstream.brokers.base import Position, Record, Start, Stored, StreamSpec, check_declared
-from millstream.errors import BrokerRefused, NotSupported
+from msgspec import json
+
+from millstream.brokers.base import Policy, Position, Record, Start, Stored, StreamSpec, check_declared
+from millstream.errors import BrokerRefused
 from millstream.units import MAX_APPEND_BYTES, MAX_PARTITIONS
 
 SEQ_BITS = 40
@@ -19,6 +23,7 @@ MAX_STREAMS = (1 << 63 - SEQ_BITS) // MAX_PARTITIONS - 1  # 8,191: what is left 
 
 MAX_TAKE_BYTES = MAX_APPEND_BYTES  # events in one answer, the first one apart
 
+STREAM = "id, name, partitions, key, codec, policy"  # as `Known` takes it
 COLUMNS = "event.row, event.id, type, source, stored_ms, time_ms, subject, headers, data"
 
 Row: TypeAlias = Sequence[Any]
@@ -32,6 +37,22 @@ class Known(NamedTuple):
     partitions: int
     key: str
     codec: str
+    asked: str | None
+
+    @property
+    def spec(self) -> StreamSpec:
+        """How it was declared, under its name inside the file."""
+        return StreamSpec(self.name, self.partitions, self.key, self.codec)
+
+    @property
+    def policy(self) -> Policy:
+        """What holds for it."""
+        return _policy(self.asked)
+
+    @property
+    def logs(self) -> tuple[int, int]:
+        """The first and the last of its partitions' numbers in the file."""
+        return self.log(0), self.log(self.partitions - 1)
 
     def log(self, partition: int) -> int:
         """The partition's number in the file. Raises `BrokerRefused` when there is no such partition."""
@@ -54,34 +75,28 @@ class Budget:
         return self.events > 0
 
 
-class _End:
-    """Where the next event of a partition goes, while a request is being stored."""
-
-    __slots__ = ("bytes", "last", "last_ms")
-
-    def __init__(self, last: int, last_ms: int, bytes: int) -> None:
-        self.last = last
-        self.last_ms = last_ms
-        self.bytes = bytes
-
-
-def declare(db: sqlite3.Connection, name: str, spec: StreamSpec) -> Known:
-    """The stream under this name, made if it is new. Raises `StreamMismatch`."""
+def declare(db: sqlite3.Connection, name: str, spec: StreamSpec, policy: Policy | None = None) -> Known:
+    """The stream under this name, made with this policy if it is new. Raises `StreamMismatch`."""
     known = find(db, name)
     if known is None:
-        row = (name, spec.partitions, spec.key, spec.codec)
-        db.execute("INSERT INTO stream (name, partitions, key, codec) VALUES (?, ?, ?, ?)", row)
+        row = (name, spec.partitions, spec.key, spec.codec, written(policy or Policy()))
+        db.execute("INSERT INTO stream (name, partitions, key, codec, policy) VALUES (?, ?, ?, ?, ?)", row)
         known = known_as(db, name)
         if known.id > MAX_STREAMS:
             raise BrokerRefused(f"the file has {MAX_STREAMS:,} streams, more do not fit: use another file")
         db.executemany("INSERT INTO log (id) VALUES (?)", [(known.log(p),) for p in range(spec.partitions)])
-    check_declared(StreamSpec(spec.name, *known[2:]), spec, "this file")
+    check_declared(StreamSpec(spec.name, known.partitions, known.key, known.codec), spec, "this file")
     return known
+
+
+def written(policy: Policy) -> str | None:
+    """A policy as the file has it; None for one that asks for nothing."""
+    return None if policy == Policy() else json.encode(policy).decode()
 
 
 def find(db: sqlite3.Connection, name: str) -> Known | None:
     """The stream under this name, or None."""
-    found = db.execute("SELECT id, name, partitions, key, codec FROM stream WHERE name = ?", (name,)).fetchone()
+    found = db.execute(f"SELECT {STREAM} FROM stream WHERE name = ?", (name,)).fetchone()  # noqa: S608 - a constant
     return Known._make(found) if found else None
 
 
@@ -91,35 +106,6 @@ def known_as(db: sqlite3.Connection, name: str) -> Known:
     if found is None:
         raise BrokerRefused(f"no stream {name!r} is declared in this file")
     return found
-
-
-def store(db: sqlite3.Connection, name: str, records: Sequence[Record], now_ms: int) -> list[Position]:
-    """Store records at the ends of their partitions. Raises `BrokerRefused`, `NotSupported`; then nothing is stored."""
-    stream = known_as(db, name)
-    ends: dict[int, _End] = {}
-    rows = []
-    positions = []
-    for record in records:
-        if record.due_ms is not None:
-            raise NotSupported("an SQLite file cannot delay events")
-        partition = record.partition
-        end = ends.get(partition)
-        if end is None:
-            end = ends[partition] = _end(db, stream.log(partition), now_ms)
-        end.last += 1
-        end.bytes += len(record.data) + len(record.headers)
-        row = first_row(stream.id, partition) | end.last
-        time_ms = record.time_ms or None
-        rows.append(
-            (row, record.id, record.type, record.source, end.last_ms, time_ms, record.key, record.headers, record.data)
-        )
-        positions.append(Position(partition, str(end.last)))
-    db.executemany("INSERT INTO event VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
-    db.executemany(
-        "UPDATE log SET last = ?, last_ms = ?, bytes = ? WHERE id = ?",
-        [(end.last, end.last_ms, end.bytes, stream.log(partition)) for partition, end in ends.items()],
-    )
-    return positions
 
 
 def read(db: sqlite3.Connection, name: str, partition: int, after: Position | None, limit: int) -> list[Stored]:
@@ -136,11 +122,11 @@ def locate(db: sqlite3.Connection, log: int, start: Start) -> int:
     """The sequence number behind which reading a partition begins; 0 for the beginning."""
     if start == "beginning":
         return 0
-    (last,) = db.execute("SELECT last FROM log WHERE id = ?", (log,)).fetchone()
+    last, gone = db.execute("SELECT last, gone FROM log WHERE id = ?", (log,)).fetchone()
     if start == "now":
         return int(last)
     # Times never go back within a log, so a binary search finds the first event that is not before the start.
-    before, behind = 0, last + 1
+    before, behind = gone, last + 1
     while behind - before > 1:
         middle = (before + behind) // 2
         found = db.execute("SELECT stored_ms FROM event WHERE row = ?", (log << SEQ_BITS | middle,)).fetchone()
@@ -149,6 +135,18 @@ def locate(db: sqlite3.Connection, log: int, start: Start) -> int:
         else:
             behind = middle
     return int(before)
+
+
+def begin(db: sqlite3.Connection, log: int, start: Start) -> int:
+    """The sequence number behind which a group begins in a partition: it has not lost what was gone before."""
+    (gone,) = db.execute("SELECT gone FROM log WHERE id = ?", (log,)).fetchone()
+    return max(int(gone), locate(db, log, start))
+
+
+def ends_behind(db: sqlite3.Connection, log: int, seq: int) -> bool:
+    """True when a partition has an event behind this one."""
+    last, gone = db.execute("SELECT last, gone FROM log WHERE id = ?", (log,)).fetchone()
+    return bool(last > max(seq, gone))
 
 
 def stored(row: Row) -> Stored:
@@ -188,6 +186,6 @@ def seq_of(position: Position | None) -> int:
     return int(position.offset)
 
 
-def _end(db: sqlite3.Connection, log: int, now_ms: int) -> _End:
-    last, last_ms, bytes_ = db.execute("SELECT last, last_ms, bytes FROM log WHERE id = ?", (log,)).fetchone()
-    return _End(last, max(last_ms, now_ms), bytes_)
+@lru_cache(maxsize=1_024)
+def _policy(text: str | None) -> Policy:
+    return Policy() if text is None else json.decode(text, type=Policy)

@@ -18,6 +18,7 @@ class Life(NamedTuple):
     name: str
     nonce: str
     beat_s: float
+    beat_ms: int
 
 
 class Member(NamedTuple):
@@ -40,18 +41,26 @@ class Beat(NamedTuple):
 def enter(db: Connection, name: str, subscription: Subscription, life: Life) -> Member:
     """Join the group, which is made if it is new. Raises `GroupOwned`, `StreamMismatch`, `OtherOrder`."""
     stream = log.declare(db, name, subscription.stream)
-    group = _known(db, stream, subscription, life.beat_s) or _make(db, stream, subscription)
-    row = (group, life.name, life.nonce, _tick(db, group), life.beat_s, subscription.lease_s)
+    group = _known(db, stream, subscription, life.beat_s) or _make(db, stream, subscription, life.beat_ms)
+    row = (group, life.name, life.nonce, _tick(db, group, life.beat_ms), life.beat_s, subscription.lease_s)
     added = db.execute("INSERT INTO member (grp, name, nonce, tick, beat_s, lease_s) VALUES (?, ?, ?, ?, ?, ?)", row)
     assert added.lastrowid is not None
     return Member(added.lastrowid, life.name, life.nonce, group, stream.id)
 
 
-def beat(db: Connection, me: Member, beat_s: float) -> Beat | None:
+def create(db: Connection, name: str, subscription: Subscription, now_ms: int) -> None:
+    """Make the group if it is new, and nobody its member. Raises `GroupOwned`, `StreamMismatch`."""
+    stream = log.declare(db, name, subscription.stream)
+    found = _find(db, stream, subscription)
+    if found is None:
+        _make(db, stream, subscription, now_ms)
+
+
+def beat(db: Connection, me: Member, beat_s: float, beat_ms: int) -> Beat | None:
     """Raise the group's tick, and go with it."""
     if not present(db, me):
         return None
-    tick = _tick(db, me.group)
+    tick = _tick(db, me.group, beat_ms)
     db.execute("UPDATE member SET tick = ?, beat_s = ? WHERE id = ?", (tick, beat_s, me.id))
     return Beat(tick, oldest(db, me, tick))
 
@@ -78,30 +87,40 @@ def alive(db: Connection, group: int, now_s: float) -> int:
     return int(count)
 
 
-def _known(db: Connection, stream: log.Known, subscription: Subscription, now_s: float) -> int | None:
+def _find(db: Connection, stream: log.Known, subscription: Subscription) -> tuple[int, int] | None:
+    """The group, and whether it is ordered; None when it is new."""
     found = db.execute(
-        "SELECT id, owner, ordered FROM grp WHERE stream = ? AND name = ?", (stream.id, subscription.group)
+        "SELECT id, ordered, owner FROM grp WHERE stream = ? AND name = ?", (stream.id, subscription.group)
     ).fetchone()
     if found is None:
         return None
-    group, owner, ordered = found
+    group, ordered, owner = found
     check_owner(subscription.stream.name, subscription.group, owner, subscription.owner)
+    return group, ordered
+
+
+def _known(db: Connection, stream: log.Known, subscription: Subscription, now_s: float) -> int | None:
+    found = _find(db, stream, subscription)
+    if found is None:
+        return None
+    group, ordered = found
     if ordered != subscription.order:
         until_ms = _waits_until_ms(db, group)
         if until_ms or _occupied(db, group, now_s):
             check_mode(subscription.stream.name, subscription.group, bool(ordered), subscription.order, until_ms)
         _switch(db, group, stream, subscription.order)
-    return int(group)
+    return group
 
 
-def _make(db: Connection, stream: log.Known, subscription: Subscription) -> int:
+def _make(db: Connection, stream: log.Known, subscription: Subscription, now_ms: int) -> int:
     made = db.execute(
-        "INSERT INTO grp (stream, name, owner) VALUES (?, ?, ?)", (stream.id, subscription.group, subscription.owner)
+        "INSERT INTO grp (stream, name, owner, seen_ms) VALUES (?, ?, ?, ?)",
+        (stream.id, subscription.group, subscription.owner, now_ms),
     )
     assert made.lastrowid is not None
     db.executemany(
         "INSERT INTO cursor (grp, log, seq) VALUES (?, ?, ?)",
-        [(made.lastrowid, id_, log.locate(db, id_, subscription.start)) for id_ in _logs(stream)],
+        [(made.lastrowid, id_, log.begin(db, id_, subscription.start)) for id_ in _logs(stream)],
     )
     if subscription.order:
         _switch(db, made.lastrowid, stream, ordered=True)
@@ -142,7 +161,7 @@ def _logs(stream: log.Known) -> list[int]:
     return [stream.log(partition) for partition in range(stream.partitions)]
 
 
-def _tick(db: Connection, group: int) -> int:
-    db.execute("UPDATE grp SET tick = tick + 1 WHERE id = ?", (group,))
+def _tick(db: Connection, group: int, now_ms: int) -> int:
+    db.execute("UPDATE grp SET tick = tick + 1, seen_ms = ? WHERE id = ?", (now_ms, group))
     (tick,) = db.execute("SELECT tick FROM grp WHERE id = ?", (group,)).fetchone()
     return int(tick)

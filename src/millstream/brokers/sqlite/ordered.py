@@ -9,12 +9,11 @@ what `brokers/ledger.py` draws. Names are never used again and epochs grow, so a
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from sqlite3 import Connection
 from typing import NamedTuple
 
-from millstream.brokers.base import Claim, Output, Record
+from millstream.brokers.base import Claim, Output
 from millstream.brokers.ledger import (
     Bury,
     Commit,
@@ -28,7 +27,7 @@ from millstream.brokers.ledger import (
     Pop,
     State,
 )
-from millstream.brokers.sqlite import log, parked
+from millstream.brokers.sqlite import log, loss, parked, storing
 from millstream.brokers.sqlite.member import Member, present
 from millstream.brokers.sqlite.parked import Part
 from millstream.errors import LeaseLost
@@ -44,17 +43,6 @@ class Sight(NamedTuple):
     tick: int
     members: Mapping[str, int]
     leases: Sequence[Lease]
-
-
-class _Mark(NamedTuple):
-    """How far a partition is settled."""
-
-    w: int
-    h: int
-    open: Sequence[int]
-    last: int
-    lost: int = 0
-    regressed: bool = False
 
 
 def look(db: Connection, me: Member) -> Sight:
@@ -87,10 +75,12 @@ def acquire(db: Connection, me: Member, seen: Lease, tick: int) -> Grant | None:
     if lease is None or lease[:2] != (seen.owner, seen.epoch) or _holds(db, me, seen.owner, tick):
         return None
     _, epoch, clean, h, opened, count = lease
-    mark = _mark(db, part, h, [int(seq) for seq in opened.split()])
+    mark = loss.mark(db, *part, h, opened)
+    loss.count(db, me.group, mark.lost)
     db.execute("UPDATE cursor SET seq = ? WHERE grp = ? AND log = ?", (mark.w, *part))
     db.execute(
-        "UPDATE lease SET owner = ?, epoch = epoch + 1, clean = 0, want = '', next = '', commits = 0, h = ?, open = ? "
+        "UPDATE lease SET owner = ?, epoch = epoch + 1, clean = 0, want = '', next = '', commits = 0, skipped = 0, "
+        "h = ?, open = ? "
         "WHERE grp = ? AND log = ?",
         (me.name, mark.h, " ".join(map(str, mark.open)), *part),
     )
@@ -198,15 +188,18 @@ def commit(
 def _commit(db: Connection, me: Member, commit: Commit, inside: Callable[[str], str], now_ms: int) -> Committed:
     part = _part(me, commit.partition)
     ours = (*part, me.name, commit.epoch)
-    lease = db.execute(f"SELECT commits, dead FROM lease JOIN cursor USING (grp, log) {_OURS}", ours).fetchone()
+    lease = db.execute(
+        f"SELECT commits, dead, skipped FROM lease JOIN cursor USING (grp, log) {_OURS}", ours
+    ).fetchone()
     if lease is None:
         return Committed(State.LOST)
-    stored, dead = lease
+    stored, dead, skipped = lease
     if commit.seq != stored:
         buried = sum(isinstance(effect, Bury) for effect in commit.effects)
         if buried and dead + buried > MAX_DEAD:
             return Committed(State.DEAD_FULL)
         _move(db, me, part, commit, buried, _apply(db, part, commit, inside, now_ms))
+        _skip(db, part, commit, skipped)
     (count,) = db.execute("SELECT parked FROM lease WHERE grp = ? AND log = ?", part).fetchone()
     popped = {effect.key for effect in commit.effects if isinstance(effect, Pop)}
     emptied = frozenset(key for key in popped if not parked.waits(db, part, key))
@@ -216,11 +209,11 @@ def _commit(db: Connection, me: Member, commit: Commit, inside: Callable[[str], 
 def _apply(db: Connection, part: Part, commit: Commit, inside: Callable[[str], str], now_ms: int) -> int:
     """Store the effects; by how many events there are more parked."""
     more = 0
-    outputs: dict[str, list[Record]] = defaultdict(list)
+    outputs: list[Output] = []
     for effect in commit.effects:
         match effect:
             case Output():
-                outputs[effect.stream].append(effect.record)
+                outputs.append(effect)
             case Bury():
                 _bury(db, part, effect, now_ms)
             case Park():
@@ -230,8 +223,7 @@ def _apply(db: Connection, part: Part, commit: Commit, inside: Callable[[str], s
                 parked.delay(db, part, effect)
             case Pop():
                 more -= parked.pop(db, part, effect)
-    for stream, records in outputs.items():
-        log.store(db, inside(stream), records, now_ms)
+    storing.store_outputs(db, outputs, inside, now_ms)
     return more
 
 
@@ -252,6 +244,14 @@ def _move(db: Connection, me: Member, part: Part, commit: Commit, buried: int, m
         db.execute("UPDATE grp SET done = done + ?, retried = retried + ? WHERE id = ?", counts)
 
 
+def _skip(db: Connection, part: Part, commit: Commit, skipped: int) -> None:
+    """Count as lost what the owner has read past: more sequence numbers than events."""
+    holes = skipped if commit.ordinal is None else int(commit.w or 0) - commit.ordinal
+    if holes != skipped:
+        db.execute("UPDATE lease SET skipped = ? WHERE grp = ? AND log = ?", (holes, *part))
+        loss.count(db, part.group, holes - skipped)
+
+
 def _bury(db: Connection, part: Part, why: Bury, now_ms: int) -> None:
     # From what is at hand: the stream may not have the event any more.
     record = why.stored.record
@@ -265,19 +265,6 @@ def _bury(db: Connection, part: Part, why: Bury, now_ms: int) -> None:
             *(record.key, record.headers, record.data),
         ),
     )
-
-
-def _mark(db: Connection, part: Part, h: int, opened: Sequence[int]) -> _Mark:
-    w, last = db.execute(
-        "SELECT seq, last FROM cursor JOIN log ON log.id = cursor.log WHERE grp = ? AND log = ?", part
-    ).fetchone()
-    if last < w:
-        return _Mark(0, 0, (), last, regressed=True)
-    base = part.log << log.SEQ_BITS
-    (first,) = db.execute("SELECT MIN(row) FROM event WHERE row > ? AND row <= ?", (base | w, base | last)).fetchone()
-    gone = last if first is None else (first & log.MAX_SEQ) - 1
-    lost = max(0, gone - max(w, h)) + sum(seq <= gone for seq in opened)
-    return _Mark(gone, h if h > gone else 0, [seq for seq in opened if seq > gone], last, lost)
 
 
 def _notes(db: Connection, part: Part, w: int, crashed: bool) -> dict[str, int]:

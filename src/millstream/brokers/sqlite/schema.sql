@@ -1,4 +1,4 @@
--- A Millstream file in schema version 1. `file.py` creates it with what `schema_2.sql` adds, the application id and the
+-- A Millstream file in schema version 1. `file.py` creates it with what the later schemas add, the application id and the
 -- version.
 --
 -- log = stream.id * 1024 + partition;  row = log << 40 | sequence number.  One integer is therefore the place of an event

@@ -16,6 +16,8 @@ from millstream.errors import BrokerRefused
 
 LETTER = "row, event_id, type, source, stored_ms, time_ms, subject, headers, data"  # as `log.stored` takes it
 
+MAX_DISCARDED = 1_000  # events, or ids, in one step: others want to write too
+
 _TABLES = ("cursor", "member", "pending", "dead", "lease", "parked_key", "parked", "note")
 
 
@@ -98,7 +100,7 @@ def seek(db: Connection, group: Known, start: Start) -> None:
         db.execute("DELETE FROM member WHERE grp = ?", (group.id,))
     db.execute("DELETE FROM note WHERE grp = ?", (group.id,))
     for part in group.parts:
-        seq = log.locate(db, part.log, start)
+        seq = log.begin(db, part.log, start)
         db.execute("UPDATE cursor SET seq = ? WHERE grp = ? AND log = ?", (seq, *part))
         if group.ordered:
             _seek(db, part, seq)
@@ -111,10 +113,50 @@ def forget(db: Connection, group: Known) -> None:
     db.execute("DELETE FROM grp WHERE id = ?", (group.id,))
 
 
+def discard(db: Connection, stream: str, now_s: float) -> bool:
+    """Delete a stream with its groups, or a part of it; True when there is more. Raises `BrokerRefused`."""
+    known = log.known_as(db, stream)
+    names = db.execute("SELECT name FROM grp WHERE stream = ?", (known.id,)).fetchall()
+    groups = {name: find(db, stream, name) for (name,) in names}
+    for name, group in groups.items():
+        if group is not None:
+            check_no_members(db, group, name, now_s)
+            forget(db, group)
+    if any(_empty(db, known.log(partition)) for partition in range(known.partitions)) or _empty_aside(db, known):
+        return True
+    db.execute("DELETE FROM slot WHERE stream = ?", (known.id,))
+    db.execute("DELETE FROM log WHERE id BETWEEN ? AND ?", known.logs)
+    db.execute("DELETE FROM stream WHERE id = ?", (known.id,))
+    return False
+
+
 def check_no_members(db: Connection, group: Known, name: str, now_s: float) -> None:
     """Raise `BrokerRefused` when somebody consumes."""
     if count := alive(db, group.id, now_s):
         raise BrokerRefused(f"group {name!r} of stream {group.stream.name!r} has {count} members: stop them")
+
+
+def _empty(db: Connection, log_: int) -> bool:
+    """Delete the first events and ids of a partition; False when it has none."""
+    base = log_ << log.SEQ_BITS
+    rows = db.execute(
+        "SELECT row FROM event WHERE row > ? AND row <= ? ORDER BY row LIMIT ?",
+        (base, base | log.MAX_SEQ, MAX_DISCARDED),
+    ).fetchall()
+    if rows:
+        end = rows[-1][0]
+        db.execute("DELETE FROM event WHERE row > ? AND row <= ?", (base, end))
+        db.execute("UPDATE log SET gone = MAX(gone, ?) WHERE id = ?", (end & log.MAX_SEQ, log_))
+        return True
+    ids = "SELECT id FROM remembered WHERE log = ? LIMIT ?"
+    some = (log_, log_, MAX_DISCARDED)
+    return db.execute(f"DELETE FROM remembered WHERE log = ? AND id IN ({ids})", some).rowcount > 0  # noqa: S608
+
+
+def _empty_aside(db: Connection, stream: log.Known) -> bool:
+    """Delete some events that are not due yet; False when there are none."""
+    some = "SELECT id FROM delayed WHERE stream = ? LIMIT ?"
+    return db.execute(f"DELETE FROM delayed WHERE id IN ({some})", (stream.id, MAX_DISCARDED)).rowcount > 0  # noqa: S608
 
 
 def _seek(db: Connection, part: Part, seq: int) -> None:

@@ -7,10 +7,13 @@ for once it could have come. Under a virtual clock time passes whenever everybod
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
+
+from msgspec.structs import replace
 
 from millstream.brokers.base import (
     Broker,
@@ -21,13 +24,16 @@ from millstream.brokers.base import (
     Kept,
     Outcome,
     Output,
+    Policy,
     Position,
     Record,
     Settlement,
     Start,
     Stored,
+    StreamInfo,
     StreamSpec,
     Subscription,
+    Tended,
     Traits,
 )
 from millstream.brokers.urls import Factory, broker_for
@@ -62,6 +68,8 @@ class Place:
     lease_s: float = 1.0
     moment_s: float = 1.0
     """How much longer than the lease a takeover may take on this machine."""
+    spare: int = 0
+    """So many events of a partition may stay beyond what retention asks for."""
 
 
 class Trial:
@@ -77,6 +85,7 @@ class Trial:
         self._beats: dict[int, asyncio.Task[None]] = {}
         self._heard: dict[int, Kept] = {}
         self._issued = 0
+        self._streams: dict[StreamSpec, Policy | None] = {ORDERS: None, PARTED: None}
 
     @property
     def broker(self) -> Broker:
@@ -91,9 +100,33 @@ class Trial:
         broker = place.factory(place.url, place.settings, place.clock, Telemetry())
         await broker.open()
         self.brokers.append(broker)
-        await broker.declare(ORDERS)
-        await broker.declare(PARTED)
+        for stream, policy in self._streams.items():
+            await broker.declare(stream, policy)
         return broker
+
+    async def declared(self, policy: Policy, *, name: str = "kept", partitions: int = 1) -> StreamSpec:
+        """A new stream for which this holds, declared to all brokers."""
+        stream = StreamSpec(name, partitions, "order_id" if partitions > 1 else "")
+        self._streams[stream] = policy
+        for broker in self.brokers:
+            assert await broker.declare(stream, policy) == policy
+        return stream
+
+    async def tended(
+        self, stream: StreamSpec, good: Callable[[Tended], bool], *, within_s: float = PATIENCE_S
+    ) -> Tended:
+        """Tend until that is good: what is counted since this call, all else as the last round found it."""
+        published = trimmed = 0
+        lost: Counter[str] = Counter()
+
+        async def tend() -> Tended:
+            nonlocal published, trimmed
+            found = await self.broker.tend(stream.name)
+            published, trimmed = published + found.published, trimmed + found.trimmed
+            lost.update(found.lost)
+            return replace(found, published=published, trimmed=trimmed, lost=dict(lost))
+
+        return await self.eventually(tend, good, within_s=within_s)
 
     async def consumer(
         self,
@@ -121,11 +154,18 @@ class Trial:
         """Let it beat, until the test's end or `silence`."""
         self._beats[id(consumer)] = self._tasks.create_task(self._beat(consumer))
 
-    def record(self, data: bytes | None = None, *, partition: int = 0, key: str | None = None) -> Record:
+    def record(
+        self,
+        data: bytes | None = None,
+        *,
+        partition: int = 0,
+        key: str | None = None,
+        due_ms: int | None = None,
+    ) -> Record:
         """A record with an id of its own, and a number as its data."""
         self._issued += 1
         data = b'{"n":%d}' % self._issued if data is None else data
-        return Record(partition, self.clock.new_id(), "order.placed", data, key, source="shop")
+        return Record(partition, self.clock.new_id(), "order.placed", data, key, due_ms=due_ms, source="shop")
 
     async def publish(
         self, count: int = 1, *, stream: StreamSpec = ORDERS, partition: int = 0, key: str | None = None
@@ -166,9 +206,20 @@ class Trial:
         infos = {info.group: info for info in await self.broker.admin.groups(stream.name)}
         return infos[group]
 
+    async def about(self, stream: StreamSpec) -> StreamInfo:
+        """What the admin says about a stream."""
+        infos = {info.spec: info for info in await self.broker.admin.streams()}
+        return infos[stream]
+
     async def stored(self, *, stream: StreamSpec = ORDERS, partition: int = 0) -> list[Stored]:
         """The first thousand events of a partition."""
-        return await self.broker.read(stream.name, partition, None, 1_000)
+        found: list[Stored] = []
+        while left := 1_000 - len(found):
+            page = await self.broker.read(stream.name, partition, found[-1].position if found else None, left)
+            if not page:
+                break
+            found += page
+        return found
 
     async def turns(self, count: int = 10) -> None:
         """Let other tasks of this process go on, for so many turns of the loop."""

@@ -1,25 +1,30 @@
 -- commit.lua: store the progress of one partition with all that follows from it, but only while it is ours.
--- KEYS     log, lease, parked, parkinfo, note, dead, then the lists of the event keys that the effects name
+-- USES     store outputs
+-- KEYS     log, lease, parked, parkinfo, note, dead, then the lists of the event keys that the effects name, then six per
+--          target of outputs, see `store`
 -- ARGV     group, member, epoch, seq, w, wn, h, open, done, retried, partition, max dead letters,
---          ids whose notes go ('' or with blanks between), effects ('' or MessagePack), blobs. Each effect is one of
+--          ids whose notes go ('' or with blanks between), effects and outputs (each '' or MessagePack), blobs. Outputs are
+--          in the order of their events, see `publish`; each effect is one of
 --            [park,  list, key, which blob, due, attempts, postponed, error]
 --            [delay, list, key, id, due, attempts, postponed, error]
 --            [pop,   list, key, id]
 --            [dead,  id, reason, error, attempts, first blob, how many blobs: its fields]
 -- RETURNS  {OK, events parked, key, …}: of its pops, the keys of which nothing is parked any more
 --          | {LOST} | {SEQ}: not the commit that follows | {GONE}: no such log or group | {FULL} | {DEAD_FULL}
---          | {TYPE, key of another kind}; in all these cases nothing is written
+--          | {TYPE, key of another kind} | {REFUSED, why the outputs cannot be stored, which of them}
+--          In all these cases nothing is written
 -- Why      An owner that was taken over must not overwrite what its successor stored: owner and epoch are compared first.
 --          A repeat shows the same `seq` and changes nothing, so the same commit is sent until it is answered.
---          A script is not a transaction: dead letters are added before all else, so that maxmemory refuses them with
---          nothing done. PERSIST may grow nothing and opens the door for what maxmemory would refuse as a first write.
+--          A script is not a transaction: outputs and dead letters are added before all else, so that maxmemory refuses
+--          them with nothing done. PERSIST may grow nothing and opens the door for what maxmemory would refuse as a first write.
 --          Where the group is gone nothing is known any more about its log either: `acquire` decides where to go on.
--- Cost     O(effects); 200 events without one: two writes, about 300 bytes of the append-only file
+-- Cost     O(effects + outputs); 200 events without one: two writes, about 300 bytes of the append-only file
 local log, lease, parked, parkinfo, note, dead = unpack(KEYS, 1, 6)
 local group, me, epoch, seq, w, wn, h, open = unpack(ARGV, 1, 8)
 local done, retried, partition, max_dead, cleared = unpack(ARGV, 9, 13)
 local effects = ARGV[14] == '' and {} or cmsgpack.unpack(ARGV[14])
-local MAX_WORDS, BLOBS = 7000, 14
+local outputs = ARGV[15] == '' and {} or cmsgpack.unpack(ARGV[15])
+local MAX_WORDS, BLOBS = 7000, 15
 
 local function answer()
   local reply = {'OK', tonumber(redis.call('HGET', parkinfo, '#n') or 0)}
@@ -38,11 +43,11 @@ if group_there.err then
   return string.find(group_there.err, 'NOGROUP') and {'GONE'} or group_there
 end
 local deaths = 0
-if #effects > 0 then
+if #effects + #outputs > 0 then
   local kinds = {'stream', 'hash', 'zset', 'hash', 'hash', 'stream'}
-  for i, key in ipairs(KEYS) do
-    local found = redis.call('TYPE', key).ok
-    if found ~= 'none' and found ~= (kinds[i] or 'list') then return {'TYPE', key} end
+  for i = 1, #outputs > 0 and outputs[1][1] - 1 or #KEYS do
+    local found = redis.call('TYPE', KEYS[i]).ok
+    if found ~= 'none' and found ~= (kinds[i] or 'list') then return {'TYPE', KEYS[i]} end
   end
   for _, effect in ipairs(effects) do deaths = deaths + (effect[1] == 'dead' and 1 or 0) end
   if deaths > 0 and redis.call('XLEN', dead) + deaths > tonumber(max_dead) then return {'DEAD_FULL'} end
@@ -60,6 +65,8 @@ local function bury(id, reason, error, attempts, first, count)
   return redis.pcall(unpack(letter))
 end
 
+local refused, which = publish(outputs, BLOBS)
+if refused then return {'REFUSED', refused, which} end
 for _, effect in ipairs(effects) do
   if effect[1] == 'dead' then
     local added = bury(unpack(effect, 2))
@@ -82,19 +89,19 @@ local function tell(key, attempts, postponed, from, error)
   redis.call('HSET', parkinfo, '=' .. key, attempts .. ' ' .. postponed .. ' ' .. from .. ' ' .. error)
 end
 
-local store = {dead = function() end}
-function store.park(list, key, blob, due, attempts, postponed, error)
+local apply = {dead = function() end}
+function apply.park(list, key, blob, due, attempts, postponed, error)
   redis.call('RPUSH', KEYS[list], ARGV[BLOBS + blob])
   if redis.call('ZADD', parked, 'NX', due, key) == 1 then tell(key, attempts, postponed, now, error) end
   more = more + 1
 end
-function store.delay(list, key, id, due, attempts, postponed, error)
+function apply.delay(list, key, id, due, attempts, postponed, error)
   if not is_head(list, id) then return end
   redis.call('ZADD', parked, due, key)
   tell(key, attempts, postponed, since(key), error)
   redis.call('HDEL', note, id)
 end
-function store.pop(list, key, id)
+function apply.pop(list, key, id)
   if not is_head(list, id) then return end
   redis.call('LPOP', KEYS[list])
   redis.call('HDEL', note, id)
@@ -107,7 +114,7 @@ function store.pop(list, key, id)
     tell(key, 0, 0, since(key), '')
   end
 end
-for _, effect in ipairs(effects) do store[effect[1]](unpack(effect, 2)) end
+for _, effect in ipairs(effects) do apply[effect[1]](unpack(effect, 2)) end
 if more ~= 0 then redis.call('HINCRBY', parkinfo, '#n', more) end
 for id in string.gmatch(cleared, '%S+') do redis.call('HDEL', note, id) end
 

@@ -1,4 +1,5 @@
 -- give.lua: let a group without order handle events of one partition once more, attempts counted anew.
+-- USES     ids delivered
 -- KEYS     log, due, stats, note
 -- ARGV     group, then ids
 -- RETURNS  how many: not those that are gone, pending, or still undelivered, nor any where the group is gone
@@ -9,26 +10,12 @@
 -- Cost     O(groups + ids + bytes of bodies)
 local log, due, stats, note = unpack(KEYS)
 local group = ARGV[1]
-
-local function before(a, b)
-  local a_ms, a_seq = string.match(a, '(%d+)-(%d+)')
-  local b_ms, b_seq = string.match(b, '(%d+)-(%d+)')
-  if a_ms ~= b_ms then return tonumber(a_ms) < tonumber(b_ms) end
-  return tonumber(a_seq) < tonumber(b_seq)
-end
-
-if redis.call('EXISTS', log) == 0 then return 0 end
-local delivered
-for _, info in ipairs(redis.call('XINFO', 'GROUPS', log)) do
-  local fields = {}
-  for i = 1, #info, 2 do fields[info[i]] = info[i + 1] end
-  if fields.name == group then delivered = fields['last-delivered-id'] end
-end
-if not delivered then return 0 end
+local last = delivered(log, group)
+if not last then return 0 end
 local count = 0
 for i = 2, #ARGV do
   local id = ARGV[i]
-  local settled = not before(delivered, id) and #redis.call('XPENDING', log, group, id, id, 1) == 0
+  local settled = not before(last, id) and #redis.call('XPENDING', log, group, id, id, 1) == 0
   if settled and #redis.call('XRANGE', log, id, id) > 0 then
     redis.call('ZADD', due, 0, id)
     redis.call('XCLAIM', log, group, '~due', 0, id, 'RETRYCOUNT', 0, 'FORCE', 'JUSTID')

@@ -1,4 +1,5 @@
 -- join.lua: make sure that a group exists on one partition, where it belongs.
+-- USES     ids
 -- KEYS     log, meta, due, note; and lease in the order of keys
 -- ARGV     group, owner, start: '$', or the id behind which a new group begins; mode: 'log', or 'queue' when left out
 -- RETURNS  {OK, 0 it was there | 1 born now | 2 healed} | {MODE, mode} | {OWNER, owner}
@@ -14,13 +15,6 @@
 local log, meta, due, note, lease = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local group, owner, start, mode = ARGV[1], ARGV[2], ARGV[3], ARGV[4] or 'queue'
 
-local function before(a, b)
-  local a_ms, a_seq = string.match(a, '(%d+)-(%d+)')
-  local b_ms, b_seq = string.match(b, '(%d+)-(%d+)')
-  if a_ms ~= b_ms then return tonumber(a_ms) < tonumber(b_ms) end
-  return tonumber(a_seq) < tonumber(b_seq)
-end
-
 local known = redis.call('HMGET', meta, 'mode:' .. group, 'owner:' .. group, 'start:' .. group, 'low:' .. group)
 if known[1] and known[1] ~= mode then return {'MODE', known[1]} end
 if known[2] and known[2] ~= owner then return {'OWNER', known[2]} end
@@ -28,15 +22,13 @@ redis.call('XACK', log, group, '0-1')
 
 local info = {['last-generated-id'] = '0-0', ['entries-added'] = 0, length = 0}
 if redis.call('EXISTS', log) == 1 then
-  local found = redis.call('XINFO', 'STREAM', log)
-  info = {}
-  for i = 1, #found, 2 do info[found[i]] = found[i + 1] end
+  info = named(redis.call('XINFO', 'STREAM', log))
 end
 local last, added, length = info['last-generated-id'], info['entries-added'], info.length -- 6.2 knows no entries-added
 local first = info['first-entry'] and info['first-entry'][1]
 
 local function ordinal(id) -- how many entries were ever added up to this id; '' where nobody can tell
-  if not added then return '' end
+  if not added or future(id) then return '' end
   if not before(id, last) then return string.format('%.0f', added) end
   if first and before(id, first) then return string.format('%.0f', added - length) end
   return ''
@@ -52,9 +44,10 @@ elseif start == '$' then
   start = last
 end
 local create = {'XGROUP', 'CREATE', log, group, start, 'MKSTREAM'}
-if not from and start == last and added and added > 0 then -- else its lag would be unknown until it has read something
+local read = from and '' or ordinal(start) -- else its lag, and what it loses, would be unknown until it has read something
+if read ~= '' then
   create[#create + 1] = 'ENTRIESREAD'
-  create[#create + 1] = added
+  create[#create + 1] = read
 end
 local made = redis.pcall(unpack(create))
 if made.err and not string.find(made.err, 'BUSYGROUP') then return made end

@@ -1,4 +1,5 @@
 -- repark.lua: let a group in the order of keys handle events of one partition once more: they join the ends of their keys.
+-- USES     ids delivered
 -- KEYS     log, lease, parked, parkinfo, then for each event the list of its key
 -- ARGV     group, then for each event: event key; event, as it is parked
 -- RETURNS  how many: not those that are parked or not settled yet, nor any where the group is gone
@@ -12,20 +13,7 @@ local log, lease, parked, parkinfo = unpack(KEYS, 1, 4)
 local group = ARGV[1]
 local SLICE = 100
 
-local function before(a, b)
-  local a_ms, a_seq = string.match(a, '(%d+)-(%d+)')
-  local b_ms, b_seq = string.match(b, '(%d+)-(%d+)')
-  if a_ms ~= b_ms then return tonumber(a_ms) < tonumber(b_ms) end
-  return tonumber(a_seq) < tonumber(b_seq)
-end
-
-if redis.call('EXISTS', log) == 0 then return 0 end
-local at
-for _, info in ipairs(redis.call('XINFO', 'GROUPS', log)) do
-  local fields = {}
-  for i = 1, #info, 2 do fields[info[i]] = info[i + 1] end
-  if fields.name == group then at = fields['last-delivered-id'] end
-end
+local at = delivered(log, group)
 if not at then return 0 end
 local known = redis.call('HMGET', lease, 'w', 'h', 'open')
 local w, h, open = known[1], known[2] or '', known[3] or ''

@@ -1,4 +1,5 @@
 -- reset.lua: move a group without order to another place, with all partitions of its unit in one step.
+-- USES     ids
 -- KEYS     live, the fence of each member, then log, due, note, stats, meta of each partition
 -- ARGV     group, start: '$', or the id behind which it goes on; how many members; their names; then per partition what
 --          it has done so far, or '', and how many events it has given up
@@ -15,28 +16,19 @@ for i = 1, count do
 end
 redis.call('DEL', unpack(KEYS, 1, count + 1))
 
-local function before(a, b)
-  local a_ms, a_seq = string.match(a, '(%d+)-(%d+)')
-  local b_ms, b_seq = string.match(b, '(%d+)-(%d+)')
-  if a_ms ~= b_ms then return tonumber(a_ms) < tonumber(b_ms) end
-  return tonumber(a_seq) < tonumber(b_seq)
-end
-
 local arg = 4 + count
 for i = count + 2, #KEYS, 5 do
   local log, due, note, stats, meta = unpack(KEYS, i, i + 4)
   local info = {['last-generated-id'] = '0-0', ['entries-added'] = 0, length = 0}
   if redis.call('EXISTS', log) == 1 then
-    local found = redis.call('XINFO', 'STREAM', log)
-    info = {}
-    for j = 1, #found, 2 do info[found[j]] = found[j + 1] end
+    info = named(redis.call('XINFO', 'STREAM', log))
     redis.call('XGROUP', 'DESTROY', log, group)
   end
   local last, added = info['last-generated-id'], info['entries-added']
   local first = info['first-entry'] and info['first-entry'][1]
   local id = start == '$' and last or start
   local read = ''
-  if added and not before(id, last) then
+  if added and not before(id, last) and not future(id) then
     read = string.format('%.0f', added)
   elseif added and (not first or before(id, first)) then
     read = string.format('%.0f', added - info.length)

@@ -1,4 +1,5 @@
 -- seek.lua: move a group in the order of keys to another place in one partition.
+-- USES     ids
 -- KEYS     log, lease, parked, parkinfo, note, then the list of each parked key
 -- ARGV     group, start: '$', or the id behind which it goes on; the parked keys
 -- RETURNS  OK | AGAIN: other keys are parked than those given
@@ -10,13 +11,6 @@
 local log, lease, parked, parkinfo, note = unpack(KEYS, 1, 5)
 local group, w = ARGV[1], ARGV[2]
 
-local function before(a, b)
-  local a_ms, a_seq = string.match(a, '(%d+)-(%d+)')
-  local b_ms, b_seq = string.match(b, '(%d+)-(%d+)')
-  if a_ms ~= b_ms then return tonumber(a_ms) < tonumber(b_ms) end
-  return tonumber(a_seq) < tonumber(b_seq)
-end
-
 if redis.call('ZCARD', parked) ~= #ARGV - 2 then return 'AGAIN' end
 for i = 3, #ARGV do
   if not redis.call('ZSCORE', parked, ARGV[i]) then return 'AGAIN' end
@@ -24,19 +18,17 @@ end
 redis.call('XACK', log, group, '0-1')
 local info = {['last-generated-id'] = '0-0', ['entries-added'] = 0, length = 0}
 if redis.call('EXISTS', log) == 1 then
-  local found = redis.call('XINFO', 'STREAM', log)
-  info = {}
-  for i = 1, #found, 2 do info[found[i]] = found[i + 1] end
+  info = named(redis.call('XINFO', 'STREAM', log))
 end
 local last, added = info['last-generated-id'], info['entries-added']
 local first = info['first-entry'] and info['first-entry'][1]
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local future = w ~= '$' and tonumber(string.match(w, '^%d+')) > now
-if w == '$' or (before(last, w) and not future) then w = last end
+local ahead = w ~= '$' and future(w)
+if w == '$' or (before(last, w) and not ahead) then w = last end
 local wn = ''
 if added and w == last then wn = string.format('%.0f', added) end
-if added and w ~= last and not future and (not first or before(w, first)) then
+if added and w ~= last and not ahead and (not first or before(w, first)) then
   wn = string.format('%.0f', added - info.length)
 end
 
@@ -65,6 +57,6 @@ if gone > 0 then redis.call('HINCRBY', parkinfo, '#n', -gone) end
 redis.call('DEL', note)
 local epoch = redis.call('HGET', lease, 'epoch') or 0
 redis.call('HSET', lease, 'owner', '', 'epoch', string.format('%.0f', math.max(epoch + 1, now)), 'want', '', 'next', '',
-  'clean', 1, 'was', 1, 'w', w, 'wn', wn, 'h', '', 'open', '')
+  'clean', 1, 'was', 1, 'w', w, 'wn', wn, 'h', '', 'open', '', 'gaps', '')
 redis.call('XGROUP', 'SETID', log, group, w, unpack(wn ~= '' and {'ENTRIESREAD', wn} or {}))
 return 'OK'

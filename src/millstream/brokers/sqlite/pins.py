@@ -1,0 +1,83 @@
+"""Which events the groups of a stream keep. Functions of a connection inside a transaction.
+
+A group without order needs what is pending, what it was not given yet, and what its dead letters would be replayed from. An
+ordered one needs what lies behind its mark: what it has parked, and its dead letters, are whole events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from sqlite3 import Connection
+from typing import NamedTuple
+
+from millstream.brokers.sqlite import log
+
+
+class Keeper(NamedTuple):
+    """A group."""
+
+    id: int
+    name: str
+    ordered: bool
+    seen_ms: int
+    members: tuple[int, ...]
+    silent: tuple[int, ...]
+    """Of the members, those that have not beaten within their lease, as far as boot clocks can tell."""
+    owners: frozenset[str]
+    """The names of the others."""
+
+    def ends_ms(self, forget_ms: int) -> int | None:
+        """When it keeps nothing any more; None while somebody lives in it, or where nobody can tell."""
+        return self.seen_ms + forget_ms if forget_ms and self.seen_ms and not self.owners else None
+
+
+class Pin(NamedTuple):
+    """Up to where a group lets events of a partition go."""
+
+    seq: int
+    by: str
+    group: str
+
+
+def keepers(db: Connection, stream: log.Known, now_s: float) -> list[Keeper]:
+    """All groups of a stream."""
+    groups = db.execute("SELECT id, name, ordered, seen_ms FROM grp WHERE stream = ?", (stream.id,)).fetchall()
+    return [_keeper(db, group, now_s) for group in groups]
+
+
+def pins(db: Connection, log_: int, groups: Sequence[Keeper]) -> list[Pin]:
+    """Up to where each of these groups lets events of a partition go."""
+    return [pin for group in groups for pin in _pins(db, log_, group)]
+
+
+def _keeper(db: Connection, group: log.Row, now_s: float) -> Keeper:
+    id_, name, ordered, seen_ms = group
+    members = db.execute(
+        "SELECT id, name, beat_s <= ? AND beat_s + lease_s > ? FROM member WHERE grp = ?", (now_s, now_s, id_)
+    ).fetchall()
+    return Keeper(
+        *(id_, name, bool(ordered), seen_ms),
+        members=tuple(member for member, _, _ in members),
+        silent=tuple(member for member, _, lives in members if not lives),
+        owners=frozenset(owner for _, owner, lives in members if lives),
+    )
+
+
+def _pins(db: Connection, log_: int, group: Keeper) -> list[Pin]:
+    (seq,) = db.execute("SELECT seq FROM cursor WHERE grp = ? AND log = ?", (group.id, log_)).fetchone()
+    if group.ordered:
+        return [Pin(seq, group.name, group.name)]
+    base = log_ << log.SEQ_BITS
+    pending, dead = (
+        "SELECT MIN(row) FROM pending WHERE grp = ? AND consumer = ? AND row BETWEEN ? AND ?",
+        "SELECT MIN(row) FROM dead WHERE grp = ? AND row BETWEEN ? AND ?",
+    )
+    firsts = [
+        db.execute(pending, (group.id, consumer, base, base | seq)).fetchone()[0] for consumer in (0, *group.members)
+    ]
+    needed = min((first for first in firsts if first is not None), default=(base | seq) + 1)
+    found = [Pin((needed & log.MAX_SEQ) - 1, group.name, group.name)]
+    (letter,) = db.execute(dead, (group.id, base, base | log.MAX_SEQ)).fetchone()
+    if letter is not None:
+        found.append(Pin((letter & log.MAX_SEQ) - 1, f"dead letters of {group.name}", group.name))
+    return found

@@ -1,0 +1,19 @@
+"""Publishing: an event becomes a record, and records become few large writes, tried again while there is patience."""
+
+from millstream.publisher.client import Client, delayed, named, start_at
+from millstream.publisher.declared import check_confirm, in_words, policy_of, spec_of
+from millstream.publisher.publisher import Publisher
+from millstream.publisher.records import due_ms
+
+__all__ = [
+    "Client",
+    "Publisher",
+    "check_confirm",
+    "delayed",
+    "due_ms",
+    "in_words",
+    "named",
+    "policy_of",
+    "spec_of",
+    "start_at",
+]

@@ -1,0 +1,167 @@
+"""An event becomes a record: which stream carries it, its id, its key and partition, its bytes, when it is due."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
+from hashlib import blake2b
+from typing import Any, NamedTuple
+
+import msgspec
+
+from millstream.brokers.base import Broker, Record
+from millstream.clock import Clock
+from millstream.delivery import Envelope
+from millstream.errors import BadEvent, NotSupported, TooLarge, Unroutable
+from millstream.event import type_of
+from millstream.stream import Stream
+from millstream.units import (
+    MAX_DELAY_S,
+    MAX_EVENT_BYTES,
+    MAX_HEADERS_BYTES,
+    MAX_ID_CHARS,
+    MAX_KEY_BYTES,
+    Duration,
+    seconds,
+)
+from millstream.wire import codec
+from millstream.wire.partition import partition_of
+
+PAST_MS = 1_000  # a due time may be past by what passes between making an envelope and publishing it
+
+_json = msgspec.json.Encoder().encode
+
+
+class Route(NamedTuple):
+    """How events of one class get onto one stream."""
+
+    stream: Stream[Any]
+    type: str
+    encode: Callable[[Any], bytes]
+
+
+class Repeat(Envelope[Any]):
+    """An event that may be stored already. Published again it is the same record: its id, and when it is due."""
+
+    __slots__ = ("due_ms", "tried_ms")
+
+    def __init__(self, event: Any, record: Record, tried_ms: int) -> None:
+        envelope = event if isinstance(event, Envelope) else Envelope(event)
+        super().__init__(envelope.event, id=record.id, key=envelope.key, headers=envelope.headers, due=envelope.due)
+        self.time_ms = record.time_ms
+        self.due_ms = record.due_ms
+        self.tried_ms: int = event.tried_ms if isinstance(event, Repeat) else tried_ms
+        """When it was published for the first time."""
+
+
+class Records:
+    """Makes the records of one app. Knows its streams, and those that it was given once."""
+
+    def __init__(self, streams: Iterable[Stream[Any]], *, source: str, broker: Broker, clock: Clock) -> None:
+        self.streams: dict[str, Stream[Any]] = {stream.name: stream for stream in streams}
+        self._source = source
+        self._broker = broker
+        self._clock = clock
+        self._routes: dict[tuple[type, str | None], Route] = {}
+
+    def route(self, event: Any, to: Stream[Any] | None) -> Route:
+        """Where an event goes. Raises `BadEvent`, `Unroutable`."""
+        cls = type(event.event if isinstance(event, Envelope) else event)
+        key = (cls, None if to is None else to.name)
+        route = self._routes.get(key)
+        if route is None or (to is not None and route.stream is not to):
+            route = self._routes[key] = self._new_route(cls, to)
+        return route
+
+    def record(self, route: Route, event: Any, *, id_: str = "", headers: Mapping[str, str] | None = None) -> Record:
+        """The record of an event, or of an envelope: then what that says comes before `id_` and `headers`.
+
+        Raises `BadEvent`, `TooLarge`, `NotSupported`.
+        """
+        envelope = event if isinstance(event, Envelope) else None
+        event = event if envelope is None else envelope.event
+        stream = route.stream
+        data = route.encode(event)
+        if len(data) > MAX_EVENT_BYTES:
+            raise TooLarge(
+                f"{type(event).__name__} is {len(data):,} bytes, over the limit of {MAX_EVENT_BYTES:,}; store the bulk "
+                "elsewhere and publish a reference"
+            )
+        key = stream.key_of(event) if envelope is None or envelope.key is None else envelope.key
+        if key is not None and len(key) * 4 > MAX_KEY_BYTES and len(key.encode()) > MAX_KEY_BYTES:
+            raise TooLarge(f"the key of {type(event).__name__} is over {MAX_KEY_BYTES:,} bytes; use a hash of it")
+        time_ms, due_ms = 0, None
+        if envelope is not None:
+            id_ = _checked_id(envelope.id) or id_
+            time_ms = envelope.time_ms  # one that was read keeps its time
+            due_ms = self._due_ms(envelope)
+            headers = {**headers, **envelope.headers} if headers else envelope.headers
+        id_ = id_ or self._clock.new_id()
+        partition = partition_of(id_ if key is None else key, stream.partitions)
+        written = _written(headers) if headers else b""
+        return Record(partition, id_, route.type, data, key, time_ms, written, due_ms, self._source)
+
+    def _new_route(self, cls: type, to: Stream[Any] | None) -> Route:
+        mark = type_of(cls)
+        if mark is None:
+            raise BadEvent(
+                f"{cls.__name__} is no event; write class {cls.__name__}(Event, type='…') or put @event('…') on it"
+            )
+        if to is None:
+            candidates = [stream for stream in self.streams.values() if cls in stream.types.values()]
+            if len(candidates) != 1:
+                names = ", ".join(stream.name for stream in candidates) or "none"
+                raise Unroutable(f"which stream is {cls.__name__} for? say to=; those that carry it: {names}")
+            to = candidates[0]
+        if to.types.get(mark.wire) is not cls:
+            carried = ", ".join(other.__name__ for other in to.types.values())
+            raise Unroutable(f"stream {to.name!r} does not carry {cls.__name__}; it carries {carried}")
+        known = self.streams.setdefault(to.name, to)
+        if known is not to:
+            raise Unroutable(f"two different Stream objects are named {to.name!r}; declare it once and import it")
+        return Route(to, mark.wire, codec.encoder(cls))
+
+    def _due_ms(self, envelope: Envelope[Any]) -> int | None:
+        if isinstance(envelope, Repeat):
+            return envelope.due_ms
+        return None if envelope.due is None else due_ms(envelope.due, self._broker, self._clock)
+
+
+def due_ms(due: datetime | Duration, broker: Broker, clock: Clock) -> int:
+    """When an event is due, in epoch milliseconds. Raises `BadEvent`, and `NotSupported` where the broker cannot wait."""
+    now_ms = clock.now_ms()
+    at_ms = int(due.timestamp() * 1000) if isinstance(due, datetime) else now_ms + int(seconds(due) * 1000)
+    if at_ms < now_ms - PAST_MS:
+        raise BadEvent(f"due={due} is past: publish it without due")
+    if at_ms > now_ms + MAX_DELAY_S * 1000:
+        raise BadEvent(
+            f"due={due} is over {MAX_DELAY_S / 86_400:.0f} days ahead: that is a plan, keep it in a database where it can "
+            "be changed, and publish it when it is due"
+        )
+    if not broker.traits.delayed:
+        raise NotSupported(f"{broker.url} cannot publish for later: leave out due, or use another broker")
+    return at_ms
+
+
+def derived_id(*words: str) -> str:
+    """An id that comes out the same whenever it is made from the same words."""
+    return blake2b("\0".join(words).encode(), digest_size=12).hexdigest()
+
+
+def _checked_id(id_: str) -> str:
+    if len(id_) > MAX_ID_CHARS:
+        raise TooLarge(
+            f"id {id_[:20]!r}… has {len(id_)} characters, over the limit of {MAX_ID_CHARS}; use a hash of it"
+        )
+    if id_ and not (id_.isascii() and id_.isprintable()):
+        raise BadEvent(f"id {id_!r}: only printable ASCII characters")
+    return id_
+
+
+def _written(headers: Mapping[str, str]) -> bytes:
+    if not all(isinstance(name, str) and isinstance(value, str) for name, value in headers.items()):
+        raise BadEvent(f"headers {headers!r}: names and values must be text")
+    written = _json(dict(headers))
+    if len(written) > MAX_HEADERS_BYTES:
+        raise TooLarge(f"headers are {len(written):,} bytes, over the limit of {MAX_HEADERS_BYTES:,}")
+    return written

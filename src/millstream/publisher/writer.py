@@ -1,0 +1,209 @@
+"""One stream's writer: one write at a time, tried again while those who wait for it have patience.
+
+            publish                    a write                       stored
+    caller ─────────► queue ────────────────────────► taken ──────────────────────► position
+                        ▲   while a write is under      │  refused (down, full): nothing was stored
+                        │   way all that comes waits    │  in doubt, and the stream remembers ids
+                        │   and leaves as the next one  ▼
+                        └──────────────────────── tried again, everything behind it waits: the order stays
+
+A write that is tried again says the same with the same ids, so on a stream that remembers ids it cannot be stored twice,
+as long as it still remembers them. Without that, what is in doubt is told at once. Each record has its own patience,
+counted from the call that published it; what was in doubt once stays so until it is stored. Cancelling a call takes its
+record out of the next try. A stream that fails holds up no other one: each has its own writer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from msgspec import Struct
+
+from millstream.brokers.base import Broker, Confirm, Policy, Position, Record
+from millstream.clock import Clock
+from millstream.errors import BrokerDown, BrokerError, BrokerFull, MillstreamError, Unconfirmed
+from millstream.retry import Retry
+from millstream.settings import Settings
+from millstream.telemetry import BROKER_ERROR, Telemetry
+from millstream.units import MAX_APPEND_RECORDS
+
+PAUSES = Retry(first="10ms", factor=2, max="1s")
+MARGIN_MS = 5_000  # so long before ids are forgotten a repeat must leave, or a tenth of the window: it has a way to go
+
+
+def repeatable_ms(policy: Policy) -> int:
+    """For how long after its first try a record may be repeated without being stored twice; 0 without dedupe."""
+    return policy.dedupe_ms - min(MARGIN_MS, policy.dedupe_ms // 10)
+
+
+class _Item(Struct):
+    """A record on its way."""
+
+    record: Record
+    since_s: float
+    future: asyncio.Future[Position] | None = None
+    doubtful: bool = False
+    result: Any = None
+
+    @property
+    def gone(self) -> bool:
+        return self.future is not None and self.future.done()
+
+    def answer(self, result: Any) -> None:
+        """Give the caller its position, or its error."""
+        self.result = result
+        if self.future is None or self.future.done():  # cancelled: the event is stored all the same
+            return
+        if not isinstance(result, Exception):
+            self.future.set_result(result)
+        elif isinstance(result, BrokerError):  # each caller gets an object of its own, for its traceback
+            self.future.set_exception(type(result)(*result.args))
+        else:
+            self.future.set_exception(result)
+
+
+class Writer:
+    """Writes the records of one stream at one level of confirmation. `run` ends after `stop`, when all are written."""
+
+    def __init__(
+        self,
+        stream: str,
+        confirm: Confirm,
+        policy: Policy,
+        *,
+        broker: Broker,
+        settings: Settings,
+        clock: Clock,
+        telemetry: Telemetry,
+    ) -> None:
+        self._stream = stream
+        self._confirm = confirm
+        self._broker = broker
+        self._patience_s = settings.publish_patience_s
+        self._doubt_s = min(self._patience_s, repeatable_ms(policy) / 1000)
+        self._max_buffered = settings.max_buffered
+        self._clock = clock
+        self._telemetry = telemetry
+        self._queue: list[_Item] = []
+        self._taken: list[_Item] = []
+        self._down: BrokerDown | None = None
+        self._wake = asyncio.Event()
+        self._written = asyncio.Event()
+        self._stopping = asyncio.Event()
+        self._ended = False
+
+    async def append(self, record: Record, since_s: float) -> Position:
+        """Store a record with the next write; waits its turn when there are too many. `since_s`: when it was published."""
+        while len(self._queue) >= self._max_buffered and not self._ended:
+            self._written.clear()
+            await self._written.wait()
+        if self._ended:
+            raise MillstreamError("the app is closed; nothing was stored")
+        future: asyncio.Future[Position] = asyncio.get_running_loop().create_future()
+        self._queue.append(_Item(record, since_s, future))
+        self._wake.set()
+        return await future
+
+    async def append_all(self, records: Sequence[Record]) -> Sequence[Position | Exception]:
+        """Store records in a write of their own. For each its position, or why it is not known."""
+        since_s = self._clock.monotonic()
+        results = await self._tried(records)
+        if not any(isinstance(result, Exception) for result in results):
+            return results
+        items = [_Item(record, since_s) for record in records]
+        await self._finish(items, results)
+        return [item.result for item in items]
+
+    def stop(self) -> None:
+        """Write what waits, but try nothing again."""
+        self._stopping.set()
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Write. Whatever ends it, nobody is left to wait for an answer that will not come."""
+        try:
+            while self._queue or not self._stopping.is_set():
+                if self._queue:
+                    await self._write()
+                else:
+                    await self._wake.wait()
+                    self._wake.clear()
+        finally:
+            self._ended = True
+            unanswered, self._queue = self._taken + self._queue, []
+            self._written.set()
+            for item in unanswered:
+                item.answer(Unconfirmed("the app has ended in the middle of this; the event may or may not be stored"))
+
+    async def _write(self) -> None:
+        taken = self._taken = self._queue[:MAX_APPEND_RECORDS]
+        self._queue = self._queue[MAX_APPEND_RECORDS:]
+        self._written.set()
+        await self._finish(taken, await self._tried([item.record for item in taken]))
+        self._taken = []
+        if self._down is not None and self._patience_s:
+            self._send_home(self._down)
+
+    async def _tried(self, records: Sequence[Record]) -> Sequence[Position | Exception]:
+        """One try: for each record its position, or its error."""
+        self._down = None
+        try:
+            return await self._broker.append(self._stream, records, self._confirm)
+        except Unconfirmed as error:
+            return [result if result is not None else Unconfirmed(str(error)) for result in error.results]
+        except Exception as error:
+            self._down = error if isinstance(error, BrokerDown) else None
+            return [error] * len(records)
+
+    async def _finish(self, items: Sequence[_Item], results: Sequence[Position | Exception]) -> None:
+        """Answer what has its result, and try the rest again until nothing is left."""
+        tries = 1
+        while items := self._unanswered(items, results):
+            await self._pause(tries, items)
+            items = [item for item in items if not item.gone]
+            results = await self._tried([item.record for item in items]) if items else []
+            tries += 1
+
+    def _unanswered(self, items: Sequence[_Item], results: Sequence[Position | Exception]) -> list[_Item]:
+        now_s = self._clock.monotonic()
+        again = []
+        for item, result in zip(items, results, strict=True):
+            if isinstance(result, Unconfirmed):
+                item.doubtful = True
+            if isinstance(result, Exception) and self._may_help(item, result, now_s):
+                item.result = result
+                again.append(item)
+            elif item.doubtful and isinstance(result, Exception):
+                item.answer(Unconfirmed(str(result)))
+            else:
+                item.answer(result)
+        return again
+
+    def _may_help(self, item: _Item, error: Exception, now_s: float) -> bool:
+        """Whether it is safe and worth while to try this record again."""
+        if not isinstance(error, BrokerDown | BrokerFull | Unconfirmed) or self._stopping.is_set() or item.gone:
+            return False
+        return now_s < self._until_s(item)
+
+    def _until_s(self, item: _Item) -> float:
+        return item.since_s + (self._doubt_s if item.doubtful else self._patience_s)
+
+    async def _pause(self, tries: int, items: Sequence[_Item]) -> None:
+        """Tell, and wait a little. Ends early when the app is closed."""
+        error, now_s = items[0].result, self._clock.monotonic()
+        self._telemetry.emit(BROKER_ERROR, group="", doing=f"publish to {self._stream}", error=error)
+        message = "publishing to %s fails now and is tried again: %s"
+        self._telemetry.complain(f"publish to {self._stream}", now_s, message, self._stream, error)
+        left_s = max(self._until_s(item) for item in items) - now_s
+        await self._clock.wait(self._stopping, min(PAUSES.delay_s(tries, self._clock.chance()), left_s))
+
+    def _send_home(self, error: BrokerDown) -> None:
+        """Who has waited out its patience behind a write that failed is not made to wait for a try of its own."""
+        now_s, late = self._clock.monotonic(), 0
+        while late < len(self._queue) and self._until_s(self._queue[late]) <= now_s:
+            self._queue[late].answer(error)
+            late += 1
+        self._queue = self._queue[late:]
+        self._written.set()

@@ -1,0 +1,109 @@
+"""Connections are cut after the write and before the reply: what is published again is there once."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from millstream import App, Envelope, Event, Settings, Stream
+from millstream.errors import BrokerDown, Unconfirmed
+from millstream.units import Duration
+from tests.faults.proxy import Proxy
+from tests.servers import VERSIONS, RedisServer
+
+EVENTS = 1_000
+LANES = 8
+
+NAME = re.compile(rb"e-(\d+)-\d+")
+
+
+class Paid(Event, type="paid"):
+    number: int
+
+
+payments = Stream("payments", Paid, partitions=4, dedupe="1h")
+forgetful = Stream("payments", Paid, partitions=4)
+
+
+@pytest.fixture(params=VERSIONS)
+def proxy(request: pytest.FixtureRequest) -> Iterator[Proxy]:
+    """The way to a server."""
+    with RedisServer.start(request.param) as server, Proxy(server.port) as between:
+        yield between
+
+
+def once(proxy: Proxy) -> None:
+    """From now on, the answer is lost to whoever publishes an event for the first time."""
+    seen = set[bytes]()
+
+    def dooms(request: bytes) -> bool:
+        new = {name[0] for name in NAME.finditer(request)} - seen
+        seen.update(new)
+        return bool(new)
+
+    proxy.dooms = dooms
+
+
+async def publish_all(url: str, stream: Stream[Any], patience: Duration) -> int:
+    """Publish all events by some apps at once, and again what is in doubt. Returns how many errors were raised."""
+    errors = 0
+
+    async def lane(first: int) -> None:
+        nonlocal errors
+        async with App("till", broker=url, streams=[stream], settings=Settings(publish_patience=patience)) as app:
+            for number in range(first, EVENTS, LANES):
+                again: list[Any] = [Envelope(Paid(number=number), id=f"e-{number}-{number}")]
+                while again:
+                    try:
+                        await app.publish(again[0], to=stream)
+                        again = again[1:]
+                    except Unconfirmed as error:
+                        errors += 1
+                        again = list(error.envelopes)
+                    except BrokerDown:  # the connection was cut before this one was sent
+                        await asyncio.sleep(0.001)
+
+    async with asyncio.TaskGroup() as lanes:
+        for first in range(LANES):
+            lanes.create_task(lane(first))
+    return errors
+
+
+async def stored(url: str, stream: Stream[Any]) -> tuple[Counter[int], int]:
+    """How often each event is stored, and how many repeats were dropped."""
+    async with App("reader", broker=url) as app:
+        found = Counter([envelope.event.number async for envelope in app.read(stream)])
+        (info,) = await app.broker.admin.streams()
+    return found, info.repeats
+
+
+@pytest.mark.parametrize("patience", [0, "10s"], ids=["by hand", "by itself"])
+async def test_a_thousand_answers_are_lost_and_a_thousand_events_are_stored(
+    proxy: Proxy, record_property: Callable[[str, object], None], patience: Duration
+) -> None:
+    async with App("till", broker=proxy.url, streams=[payments]) as app:
+        await app.publish(Envelope(Paid(number=-1), id="learn the script"), to=payments)
+    once(proxy)
+    errors = await publish_all(proxy.url, payments, patience)
+    found, repeats = await stored(proxy.url, payments)
+    print(f"\n{proxy.cuts} cuts, {errors} errors, {found.total()} stored, {repeats} repeats dropped")
+    for name, value in {"cuts": proxy.cuts, "errors": errors, "repeats": repeats}.items():
+        record_property(name, value)
+    assert found == Counter(range(-1, EVENTS))
+    assert proxy.cuts == repeats == EVENTS, "not every cut came after the write"
+    assert errors == (EVENTS if patience == 0 else 0)
+
+
+async def test_without_dedupe_each_lost_answer_makes_two_of_one(proxy: Proxy) -> None:
+    """The judge can say no."""
+    async with App("till", broker=proxy.url, streams=[forgetful]) as app:
+        await app.publish(Envelope(Paid(number=-1), id="learn the script"), to=forgetful)
+    once(proxy)
+    assert await publish_all(proxy.url, forgetful, 0) == EVENTS
+    found, _ = await stored(proxy.url, forgetful)
+    assert set(found.values()) == {1, 2} and found.total() == 1 + 2 * EVENTS

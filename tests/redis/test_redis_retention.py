@@ -1,0 +1,304 @@
+"""Retention on real servers: who keeps what, how much goes in a step, and what a stream leaves behind."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from millstream.brokers.base import Dead, Policy, StreamSpec, Subscription, Tended
+from millstream.brokers.redis import sources
+from millstream.brokers.redis.broker import RedisBroker
+from tests.redis import brokers
+from tests.redis.brokers import everything, opened, records, run_in
+from tests.redis.consuming import LEASE_S, ORDERS, claimed, joined, settled
+from tests.redis.raw import DEAD, DUE, GROUP, LEASE, LOG, META, NOTE, STATS, Raw
+from tests.servers import RedisServer
+
+started = brokers.started
+server = brokers.server
+
+FEW = Policy(events=10)
+MANY = 500
+NODE = 100
+STREAM_META = b"{orders}:meta"
+
+
+@pytest.fixture
+def redis(server: RedisServer) -> Iterator[Raw]:
+    with Raw(server.port) as redis:
+        yield redis
+
+
+@asynccontextmanager
+async def kept(server: RedisServer, policy: Policy = FEW, spec: StreamSpec = ORDERS) -> AsyncIterator[RedisBroker]:
+    async with opened(server.url) as broker:
+        assert await broker.declare(spec, policy) == policy
+        yield broker
+
+
+async def create(broker: RedisBroker, group: str = GROUP, *, order: bool = False) -> None:
+    await broker.create(Subscription(ORDERS, group, "app", lease_s=LEASE_S, order=order))
+
+
+async def trimmed(broker: RedisBroker) -> int:
+    return (await broker.tend("orders")).trimmed
+
+
+def least(count: int = MANY, stay: int = FEW.events) -> int:
+    return count - stay - NODE
+
+
+def length(server: RedisServer) -> int:
+    found: int = run_in(server, "XLEN", LOG)
+    return found
+
+
+# Who keeps events
+
+
+@pytest.mark.parametrize("order", [False, True])
+async def test_a_group_that_vanished_keeps_what_it_had_not_settled(server: RedisServer, order: bool) -> None:
+    async with kept(server) as broker:
+        await create(broker, order=order)
+        await broker.append("orders", records(MANY))
+        run_in(server, "XGROUP", "DESTROY", LOG, GROUP)
+        tended = await broker.tend("orders")
+        assert (tended.trimmed, tended.pinned_by) == (0, GROUP)
+        await broker.admin.discard("orders")
+        assert run_in(server, "KEYS", "*") == []
+
+
+async def test_a_group_of_another_client_keeps_events_while_its_consumers_do_something(server: RedisServer) -> None:
+    forget_ms = 1_500
+    async with kept(server, Policy(events=10, forget_ms=forget_ms)) as broker, asyncio.timeout(20):
+        run_in(server, "XGROUP", "CREATE", LOG, "theirs", "0", "MKSTREAM")
+        await broker.append("orders", records(MANY))
+        tended = await broker.tend("orders")
+        assert (tended.trimmed, tended.pinned_by, tended.forgotten) == (0, "theirs", frozenset())
+        begun_ms = broker.clock.now_ms()
+        while broker.clock.now_ms() < begun_ms + forget_ms + 100:
+            run_in(server, "XREADGROUP", "GROUP", "theirs", "me", "COUNT", 1, "STREAMS", LOG, ">")
+            tended = await broker.tend("orders")
+            assert (tended.trimmed, tended.forgotten) == (0, frozenset())
+        faded = False
+        while not tended.forgotten:
+            faded |= "theirs" in tended.fading
+            tended = await broker.tend("orders")
+        assert faded and tended.forgotten == {"theirs"} and tended.trimmed >= least()
+
+
+@pytest.mark.parametrize("order", [False, True])
+async def test_what_a_foreign_reader_of_our_group_took_is_kept_only_without_order(
+    server: RedisServer, order: bool
+) -> None:
+    async with kept(server) as broker:
+        await create(broker, order=order)
+        await broker.append("orders", records(MANY))
+        run_in(server, "XREADGROUP", "GROUP", GROUP, "theirs", "STREAMS", LOG, ">")
+        if order:  # the mark of the owner is what counts
+            consumer = await broker.subscribe(Subscription(ORDERS, GROUP, "app", lease_s=LEASE_S, order=True))
+            run_in(server, "HSET", LEASE, "w", run_in(server, "XINFO", "STREAM", LOG)[7])
+            await consumer.close()
+        assert (await trimmed(broker) > 0) == order
+
+
+# Dead letters
+
+
+async def test_letters_keep_their_events_in_whatever_order_they_died(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "FIRST_COUNT", 2)
+    async with kept(server) as broker:
+        consumer = await joined(broker)
+        await broker.append("orders", records(MANY))
+        claims = await claimed(consumer, MANY)
+        dying = [400, 300, 200, 350, 250]
+        for n in dying:
+            assert await settled(consumer, [claims[n]], Dead("failed", "broken")) == [True]
+        assert all(await settled(consumer, [claim for n, claim in enumerate(claims) if n not in dying]))
+        for n in sorted(dying):
+            tended = await broker.tend("orders")
+            assert tended.pinned_by == f"dead letters of {GROUP}" and n - NODE <= MANY - length(server) <= n
+            [letter] = [
+                it for it in await broker.admin.dead("orders", GROUP) if it.stored.position.offset == offset(claims, n)
+            ]
+            if n == 300:
+                assert await broker.admin.drop([letter]) == [True]
+            else:
+                assert await broker.admin.replay([letter]) == [True]
+                assert all(await settled(consumer, await claimed(consumer, 1)))
+        assert (await broker.tend("orders")).pinned_by == "" and length(server) <= FEW.events + NODE
+        await consumer.close()
+
+
+def offset(claims: list[Any], n: int) -> str:
+    found: str = claims[n].stored.position.offset
+    return found
+
+
+async def test_a_letter_whose_event_is_gone_keeps_nothing(server: RedisServer) -> None:
+    async with kept(server) as broker:
+        consumer = await joined(broker)
+        await broker.append("orders", records(MANY))
+        claims = await claimed(consumer, MANY)
+        assert await settled(consumer, claims[:1], Dead("failed", "broken")) == [True]
+        assert all(await settled(consumer, claims[1:]))
+        assert (await broker.tend("orders")).pinned_by == f"dead letters of {GROUP}"
+        run_in(server, "XTRIM", LOG, "MAXLEN", MANY - 1)
+        assert await trimmed(broker) >= least()
+        [letter] = await broker.admin.dead("orders", GROUP)
+        assert await broker.admin.replay([letter]) == [False]
+        await consumer.close()
+
+
+async def test_until_all_letters_were_looked_at_everything_stays(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "MAX_PAGES", 1)
+    async with kept(server) as broker:
+        consumer = await joined(broker)
+        await broker.append("orders", records(MANY))
+        claims = await claimed(consumer, MANY)
+        assert all(await settled(consumer, claims[:400]))
+        assert all(await settled(consumer, claims[400:], Dead("failed", "broken")))
+        first = await broker.tend("orders")
+        assert (first.trimmed, first.pinned_by) == (0, f"dead letters of {GROUP}")
+        assert await trimmed(broker) >= 300 and length(server) >= NODE
+        await consumer.close()
+
+
+# Steps
+
+
+def trim(
+    redis: Raw, *groups: str, stay: int | str = 10, letters: tuple[Any, Any] = ("", ""), most: int = 10_000
+) -> Any:
+    keys = [LOG, META, *[key for _ in groups for key in (DUE, NOTE, DEAD, STATS, LEASE)]]
+    words = [word for group in groups for word in (group, 0, *letters)]
+    return redis.run("trim", keys, [0, stay, 1, 0, most, 100, "", *words])
+
+
+def test_a_group_that_came_since_the_look_is_not_passed_over(redis: Raw) -> None:
+    assert trim(redis) == [b"NONE"]
+    redis.add(MANY)
+    redis.join()
+    assert trim(redis) == [b"AGAIN"] and redis.do("XLEN", LOG) == MANY
+    answer = trim(redis, GROUP)
+    assert answer[:5] == [b"OK", 0, MANY, b"0-0", GROUP.encode()]
+
+
+def test_letters_that_came_since_the_look_are_looked_at(redis: Raw) -> None:
+    redis.join()
+    redis.enter("c")
+    found = redis.add(MANY)
+    redis.read("c", MANY)
+    redis.settle("c", ("dead", found[200], 1, "failed", "why"))
+    redis.do("XACK", LOG, GROUP, *found)
+    assert trim(redis, GROUP)[4] == b"dead letters of g" and redis.do("XRANGE", LOG, found[200], found[200])
+    for _ in range(99):
+        redis.do("XADD", DEAD, "*", "position", "nowhere")
+    assert trim(redis, GROUP) == [b"AGAIN"]
+    last = redis.do("XREVRANGE", DEAD, "+", "-", "COUNT", 1)[0][0]
+    answer = trim(redis, GROUP, letters=(last, found[300]))
+    assert answer[4] == b"dead letters of g" and 0 < answer[1] <= 100
+
+
+def test_a_step_removes_no_more_than_it_may(redis: Raw) -> None:
+    redis.add(MANY)
+    removed = [trim(redis, most=NODE)[1] for _ in range(6)]
+    assert max(removed) <= NODE and removed[0] > 0 and NODE + 10 >= MANY - sum(removed) >= 10
+    assert redis.do("HGET", META, "trimmed") == b"%d" % sum(removed)
+
+
+def test_events_go_where_there_is_no_room(redis: Raw) -> None:
+    redis.join()
+    redis.enter("c")
+    found = redis.add(MANY)
+    redis.read("c", MANY)
+    redis.do("XACK", LOG, GROUP, *found[:300])
+    redis.settle("c", *(("retry", id_, 1, 9_000_000_000_000) for id_ in found[300:]))
+    redis.do("CONFIG", "SET", "maxmemory", 1)
+    try:
+        removed = trim(redis, GROUP)[1]
+        redis.do("XTRIM", LOG, "MAXLEN", 5)
+        assert 200 <= removed <= 300 and trim(redis, GROUP)[5] == [GROUP.encode(), 195]
+    finally:
+        redis.do("CONFIG", "SET", "maxmemory", 0)
+    assert redis.do("ZCARD", DUE) == 5 == len(redis.pending())
+
+
+async def test_many_events_go_in_steps_and_several_processes_remove_each_once(server: RedisServer) -> None:
+    async with kept(server) as broker, opened(server.url, ORDERS) as other:
+        count = 25_000
+        await broker.append("orders", records(count))
+        rounds = await asyncio.gather(*(one.tend("orders") for one in (broker, other) * 2))
+        assert sum(tended.trimmed for tended in rounds) == count - length(server) >= least(count)
+        [about] = await broker.admin.streams()
+        assert about.trimmed == count - about.events and about.added == count
+        assert list(await everything(broker, "orders"))[-1] == f"id-{count - 1}"
+
+
+async def test_housekeeping_of_a_stream_without_events_does_nothing(server: RedisServer) -> None:
+    async with kept(server, Policy(age_ms=1_000, bytes=1_000, ceiling_bytes=2_000)) as broker:
+        assert await broker.tend("orders") == Tended()
+        await create(broker)
+        assert await broker.tend("orders") == Tended()
+
+
+# What is full, and what is left
+
+
+async def test_each_partition_learns_with_how_many_events_it_is_full(server: RedisServer) -> None:
+    spec = StreamSpec("orders", partitions=2, key="order_id")
+    async with kept(server, Policy(ceiling_bytes=1_000_000), spec) as broker:
+        await broker.append("orders", records(200, partitions=2, size_bytes=1_000))
+        tended = await broker.tend("orders")
+        for partition in range(2):
+            full_at = int(run_in(server, "HGET", f"{{orders:{partition}}}:meta", "full_at"))
+            size = run_in(server, "MEMORY", "USAGE", f"orders:{partition}")
+            assert full_at == pytest.approx(100 * 500_000 / size, rel=0.1)
+            assert tended.fullness == pytest.approx(size / 500_000, rel=0.1)
+        await broker.admin.apply("orders", Policy())
+        assert (await broker.tend("orders")).fullness == 0
+        assert run_in(server, "HGET", "{orders:0}:meta", "full_at") is None
+
+
+async def test_what_keeps_events_stands_with_the_stream(server: RedisServer) -> None:
+    async with kept(server) as broker:
+        await create(broker)
+        await broker.append("orders", records(MANY))
+        await broker.tend("orders")
+        assert run_in(server, "HGET", STREAM_META, "pinned_by") == GROUP.encode()
+        await broker.admin.forget("orders", GROUP)
+        assert await trimmed(broker) >= least()
+        assert run_in(server, "HGET", STREAM_META, "pinned_by") == b""
+        fields = run_in(server, "HKEYS", STREAM_META)
+        assert not [field for field in fields if field.endswith(b":" + GROUP.encode())]
+
+
+async def test_a_policy_of_a_newer_version_is_understood(server: RedisServer) -> None:
+    async with kept(server) as broker:
+        run_in(server, "HSET", STREAM_META, "policy", '{"events": 10, "moon": "full"}')
+        await broker.append("orders", records(MANY))
+        assert await trimmed(broker) >= least()
+
+
+@pytest.mark.parametrize("order", [False, True])
+async def test_a_stream_that_is_discarded_leaves_no_key(server: RedisServer, order: bool) -> None:
+    async with kept(server) as broker:
+        subscription = Subscription(ORDERS, GROUP, "app", lease_s=LEASE_S, order=order)
+        consumer = await broker.subscribe(subscription)
+        await broker.append("orders", records(20))
+        await consumer.keep()
+        await consumer.fetch(5, 1)
+        await broker.tend("orders")
+        await consumer.close()
+        run_in(server, "XGROUP", "CREATE", LOG, "theirs", "0")
+        await broker.tend("orders")
+        await broker.admin.discard("orders")
+        assert run_in(server, "KEYS", "*") == []
