@@ -16,7 +16,7 @@ from typing import Any
 
 SNAPSHOT = Path(__file__).with_name("public_api.txt")
 
-MODULES = ("millstream", "millstream.testing", "millstream.brokers.base")
+MODULES = ("millstream", "millstream.sql", "millstream.testing", "millstream.brokers.base")
 _HOME = re.compile(r"\b(?:millstream|typing|collections)(?:\.\w+)*\.(?=[A-Z])")  # said in full by some Pythons only
 SPOKEN = {"__aenter__", "__aexit__", "__aiter__", "__anext__", "__call__", "__enter__", "__exit__", "__iter__"}
 

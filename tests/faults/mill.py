@@ -3,7 +3,7 @@
     python -m tests.faults.mill work                 its handlers, until it is ended
     python -m tests.faults.mill publish COUNT RATE   so many sacks or more, until there are `enough`, at most so many a second
 
-Sack N makes N % 4 bags. Environment, besides that of `shop.py`:
+Sack N makes N % 4 bags, the last of three of them for later. Environment, besides that of `shop.py`:
 
     FAULTS_ORDER    `key`: sacks of one farm are handled in their order
     FAULTS_DEDUPE   the stream of bags remembers ids
@@ -64,7 +64,7 @@ async def grind(event: Sack, delivery: Delivery[Sack]) -> None:
     die("before")
     shop.write("run", delivery.id, delivery.attempt)
     for number in range(bags_of(event.number)):
-        delivery.publish(Bag(sack=event.number, number=number), to=bags)
+        delivery.publish(Envelope(Bag(sack=event.number, number=number), due="300ms" if number == 2 else None), to=bags)
     await asyncio.sleep(event.number % 7 / 1_000)
     die("inside")
     shop.write("fin", delivery.id, delivery.attempt)

@@ -39,6 +39,8 @@ class Proxy:
         """How often a connection is cut, about, with half of what it is about to pass on, either way; 0: never."""
         self.dooms: Callable[[bytes], bool] = lambda request: False
         """Asked about each request: whether its answer is to be lost."""
+        self.stalled = False
+        """What the server says stays here, and is gone with us."""
         self.port = free_port()
         self._server_port = port
         self._chance = random.Random(seed)
@@ -88,6 +90,9 @@ class Proxy:
             self._selector.register(wire.socket, selectors.EVENT_READ, wire)
 
     def _serve(self, wire: Wire) -> None:
+        if self.stalled and not wire.client:
+            time.sleep(0.001)
+            return
         try:
             data = wire.socket.recv(CHUNK)
             if data and not self._cuts(wire, data):

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import test_drain, test_zombies
+from tests.faults import test_drain, test_outputs, test_retention, test_schedules, test_zombies
 from tests.faults.nemesis import Crew
 from tests.faults.oracle import judge, until_settled
+from tests.servers import RedisServer
 
 
 @pytest.fixture
@@ -44,3 +45,44 @@ def test_outcomes_that_are_believed_without_a_look_at_who_holds_the_event_are_st
 def test_a_process_that_keeps_what_it_holds_at_its_end_makes_others_wait(file: str, journals: Path) -> None:
     with pytest.raises(AssertionError, match="not settled"):
         test_drain.cut_off(file, journals, FAULTS_MUTANT="no_hand_back")
+
+
+@pytest.mark.parametrize("order", ["none", "key"])
+def test_outputs_that_are_stored_apart_from_the_outcome_are_doubled(file: str, journals: Path, order: str) -> None:
+    with test_outputs.MillCrew(file, journals, FAULTS_MUTANT="apart", FAULTS_ORDER=order) as crew:
+        victim = crew.start("work", FAULTS_DIE="unsettled:5")
+        publisher = crew.start("publish", 400, 2_000)
+        (journals / "enough").touch()
+        assert (victim.wait(), publisher.wait()) == (-signal.SIGKILL, 0)
+        crew.worker()
+        test_outputs.until_ground(crew, file)
+        result = test_outputs.weigh(crew, file)
+        assert result.doubled and not result.missing
+        with pytest.raises(AssertionError, match="doubled"):
+            result.check()
+
+
+def test_outputs_that_come_before_the_outcome_are_doubled_where_no_ids_are_remembered(journals: Path) -> None:
+    with RedisServer.start() as server, test_outputs.MillCrew(server.url + "?outputs=before", journals) as crew:
+        victim = crew.start("work", FAULTS_DIE="stored:5")
+        publisher = crew.start("publish", 400, 2_000)
+        (journals / "enough").touch()
+        assert (victim.wait(), publisher.wait()) == (-signal.SIGKILL, 0)
+        crew.worker()
+        test_outputs.until_ground(crew, server.url)
+        with pytest.raises(AssertionError, match="doubled"):
+            test_outputs.weigh(crew, server.url).check()
+
+
+def test_slots_that_are_published_without_a_look_at_the_last_one_come_twice(file: str, journals: Path) -> None:
+    with test_schedules.BellCrew(file, journals, FAULTS_MUTANT="blind") as crew:
+        test_schedules.rung(crew, 20, test_schedules.SEED)
+        with pytest.raises(AssertionError, match="came twice"):
+            test_schedules.check(test_schedules.heard(file))
+
+
+def test_a_stream_that_is_trimmed_whatever_a_group_needs_loses_events(file: str, journals: Path) -> None:
+    with test_retention.SiloCrew(file, journals, FAULTS_RETENTION="keep", FAULTS_MUTANT="careless") as crew:
+        test_retention.fill(crew)
+        lost = test_retention.missing(crew)
+        assert lost and test_retention.group_of(file).lost == len(lost)

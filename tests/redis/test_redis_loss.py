@@ -288,6 +288,47 @@ async def test_what_an_owner_holds_is_handled_and_the_rest_is_lost(server: Redis
         await again.close()
 
 
+@pytest.mark.parametrize("crash", [False, True])
+async def test_whoever_owns_while_events_are_removed_all_are_handled_or_lost(server: RedisServer, crash: bool) -> None:
+    async with alone(server, KEYED) as broker:
+        total = 0
+        for _ in range(3):
+            consumer = await member(broker)
+            handled = 0
+            async with asyncio.timeout(WAIT_S):
+                while handled < 300:
+                    await broker.append("orders", records(100, first=total))
+                    total += 100
+                    claims = await consumer.fetch(40, 0.1)
+                    trim(server, 23)
+                    await finished(consumer, claims)
+                    handled += len(claims)
+                    await consumer.keep()
+                    await broker.tend("orders")
+            await consumer.fetch(10, 0.1)  # in its hands at its end
+            if crash:
+                ledger = consumer._ledger
+                assert isinstance(ledger, RedisLedger)
+                ledger._pair.close()
+            else:
+                await consumer.close()
+        trim(server, 5)
+        consumer = await member(broker)
+
+        async def even() -> bool:
+            found = await info(broker)
+            return (found.done or 0) + found.lost == total and found.lag == 0
+
+        async with asyncio.timeout(WAIT_S):
+            while not await even():
+                await finished(consumer, await consumer.fetch(100, 0.05))
+                await consumer.keep()
+                found = await info(broker)
+                assert (found.done or 0) + found.lost <= total
+        await consumer.close()
+        assert await even() and (await info(broker)).lost > 0
+
+
 async def test_what_an_owner_passed_unread_is_found_at_the_end_by_it_or_its_successor(server: RedisServer) -> None:
     async with alone(server, KEYED) as broker:
         consumer = await member(broker)
@@ -411,6 +452,18 @@ async def test_a_group_of_another_client_loses_what_it_did_not_read(server: Redi
         assert run_in(server, "XREADGROUP", "GROUP", "theirs", "me", "STREAMS", LOG, ">")
         (found,) = await broker.admin.groups("orders")
         assert (found.lost, found.lag, found.owner) == (4, 0, "") and found.seen_ms is not None
+
+
+async def test_a_group_of_another_client_that_was_made_anew_is_another_one(server: RedisServer) -> None:
+    async with opened(server.url, ORDERS) as broker:
+        await broker.append("orders", records(6))
+        run_in(server, "XGROUP", "CREATE", LOG, "theirs", "0", "ENTRIESREAD", 0)
+        trim(server, 2)
+        assert await lost(broker) == {"theirs": 4}
+        run_in(server, "XGROUP", "DESTROY", LOG, "theirs")
+        assert await lost(broker) == {}
+        assert not [field for field in run_in(server, "HKEYS", META) if b":" in field]
+        assert not run_in(server, "KEYS", "*stats*")
 
 
 async def test_two_processes_tell_a_loss_once(server: RedisServer) -> None:

@@ -243,6 +243,33 @@ async def test_many_events_go_in_steps_and_several_processes_remove_each_once(se
         assert list(await everything(broker, "orders"))[-1] == f"id-{count - 1}"
 
 
+async def test_who_comes_right_after_another_tells_what_that_one_has_found(server: RedisServer) -> None:
+    async with kept(server, Policy(events=10, ceiling_events=2 * MANY)) as broker:
+        await broker.append("orders", records(MANY))
+        left = '{"by":"me","until_ms":%d,"fading":{"old":7},"fullness":0.5,"pinned_by":"slow","forgotten":["dead"]}'
+        run_in(server, "HSET", STREAM_META, "tended", left % 9_000_000_000_000)
+        found = Tended(fading={"old": 7}, forgotten=frozenset({"dead"}), fullness=0.5, pinned_by="slow")
+        assert await broker.tend("orders") == found and length(server) == MANY
+        for text in left % 1, "not of this version":
+            run_in(server, "HSET", STREAM_META, "tended", text)
+            await broker.append("orders", records(MANY))
+            assert (await broker.tend("orders")).trimmed >= least()
+
+
+async def test_housekeeping_needs_no_room(server: RedisServer) -> None:
+    async with kept(server) as broker:
+        await create(broker)
+        await create(broker, "late", order=True)
+        await broker.append("orders", records(MANY))
+        run_in(server, "XGROUP", "SETID", LOG, GROUP, "$")
+        run_in(server, "XGROUP", "SETID", LOG, "late", "$")
+        run_in(server, "CONFIG", "SET", "maxmemory", 1)
+        try:
+            assert (await broker.tend("orders")).trimmed >= least()
+        finally:
+            run_in(server, "CONFIG", "SET", "maxmemory", 0)
+
+
 async def test_housekeeping_of_a_stream_without_events_does_nothing(server: RedisServer) -> None:
     async with kept(server, Policy(age_ms=1_000, bytes=1_000, ceiling_bytes=2_000)) as broker:
         assert await broker.tend("orders") == Tended()

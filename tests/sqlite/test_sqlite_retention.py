@@ -58,10 +58,10 @@ async def create(broker: SQLiteBroker, group: str = "billing", *, order: bool = 
 @pytest.mark.parametrize(
     ("policy", "kept"),
     [
-        (Policy(events=400), [300, 100]),
+        (Policy(events=400), [200, 200]),
         (Policy(events=1), [0, 0]),
-        (Policy(bytes=8_000), [300, 100]),
-        (Policy(events=3_000, bytes=8_000), [300, 100]),
+        (Policy(bytes=8_000), [200, 200]),
+        (Policy(events=3_000, bytes=8_000), [200, 200]),
         (Policy(age_ms=10_000), [3_000, 1_000]),
     ],
 )

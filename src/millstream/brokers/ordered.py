@@ -28,6 +28,7 @@ LOOK_S = 0.5  # how often the others are looked at, at most: a takeover follows 
 MAX_HEADS = 32  # of a partition, begun in one step
 MAX_READ = 1_000  # events in one answer
 LEAST_OF_A_KEY = 8  # events are handed out at once, and more only if a fetch asks for more: see `_hand_out`
+TRUST = 0.75  # of the lease: past it, others may have taken over, and what is handed out may be settled already
 FULL_TOLD_S = 1.0  # a partition that waits since too much is parked says so this often, at most
 LEAST_WAIT_S = 0.001  # due times are whole milliseconds
 
@@ -63,6 +64,7 @@ class OrderedConsumer:
         self._committing = asyncio.Lock()
         self._turn = 0
         self._closed = False
+        self._beat_s = 0.0
 
     async def enter(self) -> None:
         """Become a member; what is free is taken with the first heartbeat."""
@@ -91,6 +93,10 @@ class OrderedConsumer:
                     finally:
                         self._waits_until_ms = 0.0
                     claims = self._hand_out(limit)
+                if claims and self._clock.monotonic() - self._beat_s > TRUST * self._subscription.lease_s:
+                    await self._beat(ledger)
+                    self._compare(ledger, await ledger.look())
+                    claims = [claim for claim in claims if claim.stored.position not in self._lost]
             except LeaseLost as error:
                 self._end(ledger, error)
                 claims = []
@@ -131,7 +137,7 @@ class OrderedConsumer:
         """Beat; take, ask for and give partitions; tell what was lost, and what others ask for."""
         ledger = await self._living()
         try:
-            await ledger.beat()
+            await self._beat(ledger)
             with suppress(BrokerFull):  # which `settle` tells
                 await self._commit(list(self._windows.values()))
             if self._clock.monotonic() >= self._look_at:
@@ -180,11 +186,17 @@ class OrderedConsumer:
             if self._ledger is None:
                 ledger = self._make()
                 try:
+                    self._beat_s = self._clock.monotonic()
                     await ledger.enter()
                 except LeaseLost as error:
                     raise BrokerDown(f"{ledger.name} was thrown out before it had begun: {error}") from error
                 self._ledger, self._look_at = ledger, 0.0
             return self._ledger
+
+    async def _beat(self, ledger: Ledger) -> None:
+        sent_s = self._clock.monotonic()
+        await ledger.beat()
+        self._beat_s = sent_s
 
     def _end(self, ledger: Ledger, error: LeaseLost) -> None:
         if self._ledger is not ledger:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from millstream.brokers.base import Tended
+from millstream.brokers.shares import level
 
 if TYPE_CHECKING:
     from millstream.brokers.memory.group import Group
@@ -64,12 +65,12 @@ def _may_go(log: Log, now_ms: int) -> list[int]:
     may_go = log.find(now_ms - policy.age_ms) if policy.age_ms else list(log.gone)
     counts = [log.end(n) - log.gone[n] for n in parts]
     if 0 < policy.events < sum(counts):
-        kept = [policy.events * count // sum(counts) for count in counts]
-        may_go = [max(may_go[n], log.end(n) - kept[n]) for n in parts]
+        most = level(counts, policy.events)
+        may_go = [max(may_go[n], log.end(n) - most) for n in parts]
     sizes = [log.size(n) for n in parts]
     if 0 < policy.bytes < sum(sizes):
-        shares = [policy.bytes * size // sum(sizes) for size in sizes]
-        may_go = [max(may_go[n], log.beyond(n, shares[n])) for n in parts]
+        most_bytes = level(sizes, policy.bytes)
+        may_go = [max(may_go[n], log.beyond(n, most_bytes)) for n in parts]
     return may_go
 
 

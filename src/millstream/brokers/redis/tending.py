@@ -2,10 +2,11 @@
 
 Any process does so, at any time. Each step of one partition is one script, which looks at the groups and removes in the same
 moment, so several at once do no harm. Beforehand only that is found out which may be a little old: how many events the other
-partitions have, how large events are, when somebody was last seen in a group, and what the dead letters need.
+partitions have, how large events are, when somebody was last seen in a group, and what the dead letters need. A round costs
+the server about 0.1 ms a partition; so that many processes do not add up, who comes right after another tells what that
+one has found, and only publishes what is due.
 
-Redis removes whole nodes of a log, of up to a hundred events. A number of events is therefore enforced when at least so many
-are too many, else the shares of the partitions would wander.
+Redis removes whole nodes of a log, of up to a hundred events: so many may stay beyond what was asked for.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
 from hiredis import ReplyError
+from msgspec import Struct
 from msgspec.structs import replace
 
 from millstream.brokers.base import Policy, Tended
@@ -24,6 +27,7 @@ from millstream.brokers.redis.later import ripen
 from millstream.brokers.redis.link import Link
 from millstream.brokers.redis.scripts import scripts
 from millstream.brokers.redis.sources import Sources
+from millstream.brokers.shares import level
 from millstream.brokers.window import place
 
 if TYPE_CHECKING:
@@ -33,8 +37,8 @@ MAX_STEPS = 20  # of a partition in one round, 200,000 small events; the next ro
 MAX_REMOVED = 10_000  # events in one step: about 1 ms of the server's time
 MAX_REMOVED_BYTES = 67_108_864  # to free large ones takes longer
 MAX_BODIES_BYTES = 1_048_576  # of events that a step looks at to tell whether they are needed
+REST = 10  # times as long as a round took nobody else begins one: all processes together cost as much as one
 NODE_EVENTS = 100  # `stream-node-max-entries`
-NODE_BYTES = 4_096  # `stream-node-max-bytes`
 
 
 class Part(NamedTuple):
@@ -73,11 +77,23 @@ class Step(NamedTuple):
     forgotten: Sequence[str]
 
 
+class Found(Struct, frozen=True):
+    """What a round has found, kept with the stream: others need not look again at once."""
+
+    by: str = ""
+    until_ms: int = 0
+    fading: Mapping[str, int] = {}
+    forgotten: frozenset[str] = frozenset()
+    fullness: float = 0.0
+    pinned_by: str = ""
+
+
 class Tending:
     """The housekeeping of one process."""
 
     def __init__(self, broker: RedisBroker) -> None:
         self._broker = broker
+        self._name = broker.clock.nonce()
         self._sources: dict[bytes, Sources] = {}
 
     async def tend(self, stream: str) -> Tended:
@@ -85,23 +101,33 @@ class Tending:
         link = await self._broker.control()
         known = await self._broker.known(stream, link)
         published, due_ms = await ripen(self._broker, known)
-        text, told = await link.call("HMGET", known.keys.stream_meta, "policy", "pinned_by")
-        policy = read_policy(stream, text)
-        parts = {
-            partition: part
-            for partition in range(known.spec.partitions)
-            if (part := await _look(link, known, partition))
-        }
-        seen = await self._seen(link, known, parts) if policy.keep else {}
+        meta = known.keys.stream_meta
+        time, (text, left) = _good(link, await link.calls([("TIME",), ("HMGET", meta, "policy", "tended")]))
+        now_ms, begun = _ms(time), self._broker.clock.monotonic()
+        found = _found(left)
+        if found.by in ("", self._name) or found.until_ms <= now_ms:
+            tended, fullness = await self._round(link, known, read_policy(stream, text), now_ms)
+            until_ms = now_ms + int((self._broker.clock.monotonic() - begun) * 1000 * (1 + REST))
+            found = Found(self._name, until_ms, tended.fading, tended.forgotten, fullness, tended.pinned_by)
+            told = "pinned_by", found.pinned_by, "tended", msgspec.json.encode(found)
+            await link.calls([("HSET", meta, *told)])  # may be refused at maxmemory: what had to be done is done
+        else:
+            tended = Tended()
+        known.pinned_by = found.pinned_by
+        state = {name: getattr(found, name) for name in ("fading", "forgotten", "fullness", "pinned_by")}
+        return replace(tended, published=published, due_ms=due_ms, **state)
+
+    async def _round(self, link: Link, known: Known, policy: Policy, now_ms: int) -> tuple[Tended, float]:
+        partitions = range(known.spec.partitions)
+        parts = {partition: part for partition in partitions if (part := await _look(link, known, partition))}
+        for partition, part in parts.items():
+            await _clear(link, known, partition, part)
+        seen = await self._seen(link, known, parts, now_ms) if policy.keep else {}
         steps = {partition: await self._trim(link, known, policy, parts, partition, seen) for partition in tuple(parts)}
-        tended = _tended(published, due_ms, [step for some in steps.values() for step in some])
-        known.pinned_by = tended.pinned_by
-        if tended.pinned_by.encode() != (told or b""):  # for the publisher that is refused
-            await link.call("HSET", known.keys.stream_meta, "pinned_by", tended.pinned_by)
-        fullness = (
+        full = [
             _fullness(policy, known, parts[partition], some[-1].events) for partition, some in steps.items() if some
-        )
-        return replace(tended, fullness=max(fullness, default=0.0))
+        ]
+        return _tended([step for some in steps.values() for step in some]), max(full, default=0.0)
 
     async def _trim(
         self,
@@ -142,18 +168,18 @@ class Tending:
             return "", ""
         return await self._sources.setdefault(dead, Sources(dead)).look(link, part.first)
 
-    async def _seen(self, link: Link, known: Known, parts: Mapping[int, Part]) -> dict[str, int]:
+    async def _seen(self, link: Link, known: Known, parts: Mapping[int, Part], now_ms: int) -> dict[str, int]:
         # When a member of each group was last seen; later than now, while one lives.
         groups = sorted({group for part in parts.values() for group in part.groups})
-        time, *members = await link.calls([("TIME",), *(("ZCARD", known.keys.live(group)) for group in groups)])
-        if isinstance(time, ReplyError):
-            raise link.failure(time, "TIME")
-        now_ms, lease_ms = int(time[0]) * 1000 + int(time[1]) // 1000, self._broker.settings.lease_s * 1000
+        members = (
+            _good(link, await link.calls([("ZCARD", known.keys.live(group)) for group in groups])) if groups else []
+        )
+        lease_ms = int(self._broker.settings.lease_s * 1000)
         seen: dict[str, int] = {}
         for group, count in zip(groups, members, strict=True):
             seen[group] = max((part.seen_ms(group) for part in parts.values()), default=0)
             if count and now_ms - seen[group] <= lease_ms + SILENCE_MS:
-                seen[group] = now_ms + int(lease_ms)
+                seen[group] = now_ms + lease_ms
         return seen
 
 
@@ -179,20 +205,24 @@ async def _look(link: Link, known: Known, partition: int) -> Part | None:
     return Part(stream[b"length"], weight, first, sorted(there | vanished), meta)
 
 
+async def _clear(link: Link, known: Known, partition: int, part: Part) -> None:
+    # What was remembered of groups of other clients that are no more: the next one of this name is another.
+    keys = known.keys
+    named = {name.partition(":")[2] for name in part.meta if name.startswith(("entered:", "told:"))}
+    for group in named.difference(part.groups):
+        forgotten = "HDEL", keys.meta(partition), f"entered:{group}", f"told:{group}"
+        await link.calls([forgotten, ("DEL", keys.stats(partition, group))])
+
+
 def _may_stay(policy: Policy, parts: Mapping[int, Part], partition: int) -> int | str:
     """How many events of the partition may stay; empty for all of them."""
     part = parts[partition]
-    events, size = (
-        sum(figures) for figures in zip(*((part.events, part.size_bytes) for part in parts.values()), strict=True)
-    )
     stay = part.events
-    if 0 < policy.events < events:
-        share = policy.events * part.events // events
-        stay = share if part.events - share >= NODE_EVENTS else stay
-    if 0 < policy.bytes < size:
-        share = policy.bytes * part.events // size
-        node = min(NODE_EVENTS, NODE_BYTES // part.each_bytes + 1)
-        stay = min(stay, share) if part.events - share >= node else stay
+    if policy.events:
+        stay = min(stay, level([other.events for other in parts.values()], policy.events))
+    if policy.bytes and part.size_bytes:
+        most_bytes = level([other.size_bytes for other in parts.values()], policy.bytes)
+        stay = min(stay, part.events * most_bytes // part.size_bytes)
     return stay if stay < part.events else ""
 
 
@@ -223,7 +253,7 @@ def _step(answer: Sequence[Any]) -> Step:
     )
 
 
-def _tended(published: int, due_ms: int | None, steps: Sequence[Step]) -> Tended:
+def _tended(steps: Sequence[Step]) -> Tended:
     lost: Counter[str] = Counter()
     fading: dict[str, int] = {}
     for step in steps:
@@ -231,11 +261,27 @@ def _tended(published: int, due_ms: int | None, steps: Sequence[Step]) -> Tended
         fading |= step.fading
     pinned = min((step for step in steps if step.pin), key=lambda step: place(step.pin), default=None)
     return Tended(
-        published,
-        due_ms,
-        sum(step.removed for step in steps),
-        dict(lost),
-        fading,
-        frozenset(group for step in steps for group in step.forgotten),
+        trimmed=sum(step.removed for step in steps),
+        lost=dict(lost),
+        fading=fading,
+        forgotten=frozenset(group for step in steps for group in step.forgotten),
         pinned_by=pinned.pinned_by if pinned else "",
     )
+
+
+def _found(text: bytes | None) -> Found:
+    try:
+        return msgspec.json.decode(text, type=Found) if text else Found()
+    except msgspec.DecodeError:  # of another version: look for ourselves
+        return Found()
+
+
+def _good(link: Link, replies: list[Any]) -> list[Any]:
+    for reply in replies:
+        if isinstance(reply, ReplyError):
+            raise link.failure(reply, "tend")
+    return replies
+
+
+def _ms(time: Sequence[bytes]) -> int:
+    return int(time[0]) * 1000 + int(time[1]) // 1000

@@ -1,7 +1,7 @@
 """Removing what may go: one step of it, inside one transaction, small enough that others can write in between.
 
-What may go is counted over all partitions together, and the oldest events of each go: a partition with half of the events
-keeps half of what is kept. `pins.py` tells what groups need of that, `loss.py` what they lose when it goes all the same.
+What may go is counted over all partitions together, and the oldest events of each go, see `shares.py`. `pins.py`
+tells what groups need of that, `loss.py` what they lose when it goes all the same.
 
 Events always go from the front of a partition. `log.gone` is how far; when the first event lies behind that, somebody else
 has removed the ones before, and groups are told so like of any loss.
@@ -15,6 +15,7 @@ from sqlite3 import Connection
 from typing import NamedTuple
 
 from millstream.brokers.base import Policy, Tended
+from millstream.brokers.shares import level
 from millstream.brokers.sqlite import log, loss, pins, remembered, room
 from millstream.brokers.sqlite.pins import Keeper, Pin
 
@@ -135,14 +136,11 @@ def _whole(db: Connection, part: _Part, groups: Sequence[Keeper]) -> _Part:
 
 
 def _limits(policy: Policy, parts: Sequence[_Part], now_ms: int) -> list[tuple[_Part, _Limit]]:
-    events, bytes_ = sum(part.events for part in parts), sum(part.bytes for part in parts)
+    counts, sizes = [part.events for part in parts], [part.bytes for part in parts]
+    most = level(counts, policy.events or sum(counts))
+    most_bytes = level(sizes, policy.bytes or sum(sizes))
     before_ms = now_ms - policy.age_ms if policy.age_ms else 0
-    limits = []
-    for part in parts:
-        stay = policy.events * part.events // events if 0 < policy.events < events else part.events
-        stay_bytes = policy.bytes * part.bytes // bytes_ if 0 < policy.bytes < bytes_ else part.bytes
-        limits.append((part, _Limit(part.last - stay, before_ms, part.bytes - stay_bytes)))
-    return limits
+    return [(part, _Limit(part.last - min(most, part.events), before_ms, part.bytes - most_bytes)) for part in parts]
 
 
 def _begins(part: _Part, limit: _Limit) -> bool:

@@ -132,8 +132,8 @@ async def test_of_each_partition_goes_its_share(trial: Trial) -> None:
         return [len(await places(trial, stream, partition)) for partition in range(3)]
 
     spare = trial.place.spare
-    found = await trial.eventually(counts, lambda found: found[0] <= 100 + spare and found[1] <= 50 + spare)
-    assert found[0] >= 100 - 1 and found[1] >= 50 - 1 and found[2] == 0
+    found = await trial.eventually(counts, lambda found: max(found[:2]) <= 75 + spare)
+    assert min(found[:2]) >= 75 and found[2] == 0
 
 
 @retains

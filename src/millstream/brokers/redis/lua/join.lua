@@ -44,7 +44,7 @@ elseif start == '$' then
   start = last
 end
 local create = {'XGROUP', 'CREATE', log, group, start, 'MKSTREAM'}
-local read = from and '' or ordinal(start) -- else its lag, and what it loses, would be unknown until it has read something
+local read = from and '' or ordinal(start) -- else its lag, and what it loses, would be unknown until it has read
 if read ~= '' then
   create[#create + 1] = 'ENTRIESREAD'
   create[#create + 1] = read

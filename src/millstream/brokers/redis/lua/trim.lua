@@ -46,7 +46,7 @@ local function last_seen(group, seen)
   return seen
 end
 
-local function settled(group, lease) -- all up to this id is settled, and whether the group needs the events of dead letters
+local function settled(group, lease) -- all up to this id is; and does the group need the events of its dead letters?
   local at = found[group]
   if redis.call('HGET', meta, 'mode:' .. group) == 'log' then
     local w = redis.call('HGET', lease, 'w')
@@ -83,8 +83,8 @@ for i = 8, keep == '1' and bounded and #ARGV or 0, 4 do
     forgotten[#forgotten + 1] = group
   else
     local low, replays = settled(group, KEYS[key + 4])
-    local first, many
-    if replays and redis.call('EXISTS', KEYS[key + 2]) == 1 then first, many = needed(KEYS[key + 2], ARGV[i + 2], ARGV[i + 3]) end
+    local dead, first, many = KEYS[key + 2], nil, nil
+    if replays and redis.call('EXISTS', dead) == 1 then first, many = needed(dead, ARGV[i + 2], ARGV[i + 3]) end
     if many then return {'AGAIN'} end
     hold(low, group)
     if first then hold(predecessor(first), 'dead letters of ' .. group) end
