@@ -8,7 +8,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint bench api lock redis postgres clean
+.PHONY: help demo test lint bench api lock redis postgres compiler clean
 
 help: ## list the targets
 	@echo "make TARGET [ARGS=\"…\"]"
@@ -17,7 +17,7 @@ help: ## list the targets
 demo: $(READY) ## watch real flight events flow; ARGS="--events 20000 --speed max -o json"
 	@$(BIN)/millstream demo $(ARGS)
 
-test: $(READY) redis postgres ## run the tests; ARGS="-k house -x"
+test: $(READY) redis postgres compiler ## run the tests; ARGS="-k house -x"
 	@$(BIN)/python -m pytest --numprocesses 4 --dist worksteal $(ARGS)
 
 lint: $(READY) ## check format, rules and types
@@ -44,6 +44,9 @@ redis: $(READY)
 
 postgres:
 	@scripts/postgres.sh
+
+compiler:
+	@scripts/compiler.sh
 
 # The stamp is written last: a setup that was cut off is done again.
 $(READY): requirements.lock pyproject.toml scripts/setup.sh

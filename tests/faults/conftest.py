@@ -1,8 +1,11 @@
-"""Where the shop lives in these tests."""
+"""Where the shop lives in these tests, and what takes the power from its server."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,3 +39,24 @@ def journals(tmp_path: Path) -> Path:
     """Where processes write what happens."""
     (tmp_path / "journals").mkdir()
     return tmp_path / "journals"
+
+
+@pytest.fixture(scope="session")
+def power(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What makes a server forget when it is killed what it has not synced."""
+    if sys.platform != "linux":
+        pytest.skip("only Linux loads a library before that of C")
+    compiler = shutil.which("cc")
+    if compiler is None:
+        give_up = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+        give_up("no C compiler on this machine: install gcc")
+    library = tmp_path_factory.mktemp("power") / "power.so"
+    source = Path(__file__).with_name("power.c")
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl", "-lpthread"], check=True)
+    return library
+
+
+@pytest.fixture
+def powered(power: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers that are started now lose their power when they are killed."""
+    monkeypatch.setenv("LD_PRELOAD", str(power))

@@ -1,12 +1,14 @@
 """The app of the tests of outputs: sacks come in, and of each the mill makes some bags, which another stream must hold once.
 
     python -m tests.faults.mill work                 its handlers, until it is ended
-    python -m tests.faults.mill publish COUNT RATE   so many sacks or more, until there are `enough`, at most so many a second
+    python -m tests.faults.mill publish COUNT RATE   so many sacks, or more until there are `enough`; RATE a second
 
 Sack N makes N % 4 bags, the last of three of them for later. Environment, besides that of `shop.py`:
 
     FAULTS_ORDER    `key`: sacks of one farm are handled in their order
     FAULTS_DEDUPE   the stream of bags remembers ids
+    FAULTS_CEILING  of the stream of bags, which a slow handler ships: a journal's `ship` has a sack and the bag's number
+    FAULTS_SECONDS  how long a sack takes
     FAULTS_MUTANT   the mistake that this process makes on purpose: `apart` stores bags and outcome one after the other
     FAULTS_DIE      has the points `unstored` and `stored` besides: around what a worker stores before an outcome
 """
@@ -25,7 +27,7 @@ from typing import Any, Literal
 from msgspec.structs import replace
 
 import millstream.app
-from millstream import App, Delivery, Envelope, Event, Retry, Stream
+from millstream import App, Delivery, Envelope, Event, Retention, Retry, Stream
 from millstream.brokers.base import Broker, Confirm, Position, Record, Settlement, Subscription
 from millstream.brokers.urls import broker_for
 from millstream.errors import BrokerDown
@@ -33,9 +35,11 @@ from tests.faults import shop
 from tests.faults.shop import Watched, die, die_with_parent
 
 POINTS = (*shop.POINTS, "unstored", "stored")
-GROUP = "mill"
+GROUP, SHIPPING = "mill", "ship"
+SHIP_S = 0.01
 FARMS = 40
 CHUNK = 50
+SECONDS = float(os.environ.get("FAULTS_SECONDS", "0"))
 ORDER: Literal["key", "none"] = "key" if os.environ.get("FAULTS_ORDER") == "key" else "none"
 
 
@@ -50,7 +54,15 @@ class Bag(Event, type="bag"):
 
 
 sacks = Stream("sacks", Sack, key="farm", partitions=4)
-bags = Stream("bags", Bag, partitions=4, dedupe="1h" if "FAULTS_DEDUPE" in os.environ else None)
+bags = Stream(
+    "bags",
+    Bag,
+    partitions=4,
+    dedupe="1h" if "FAULTS_DEDUPE" in os.environ else None,
+    retention=Retention(events=100, ceiling=int(os.environ["FAULTS_CEILING"]))
+    if "FAULTS_CEILING" in os.environ
+    else None,
+)
 mill = App("mill", streams=[sacks, bags])
 
 
@@ -65,10 +77,19 @@ async def grind(event: Sack, delivery: Delivery[Sack]) -> None:
     shop.write("run", delivery.id, delivery.attempt)
     for number in range(bags_of(event.number)):
         delivery.publish(Envelope(Bag(sack=event.number, number=number), due="300ms" if number == 2 else None), to=bags)
-    await asyncio.sleep(event.number % 7 / 1_000)
+    await asyncio.sleep(SECONDS or event.number % 7 / 1_000)
     die("inside")
     shop.write("fin", delivery.id, delivery.attempt)
     die("after")
+
+
+async def ship(event: Bag) -> None:
+    await asyncio.sleep(SHIP_S)
+    shop.write("ship", f"s-{event.sack}", event.number)
+
+
+if "FAULTS_CEILING" in os.environ:
+    mill.subscriber(bags, SHIPPING, concurrency=4)(ship)
 
 
 class Apart(Watched):
@@ -103,12 +124,16 @@ def watched(*given: Any) -> Broker:
     return broker
 
 
+def sack(number: int) -> Envelope[Sack]:
+    return Envelope(Sack(farm=number % FARMS, number=number), id=f"s-{number}")
+
+
 async def publish(count: int, rate: float) -> None:
     enough, number = Path(os.environ["FAULTS_JOURNAL"], "enough"), 0
     async with mill:
         while number < count or not enough.exists():
             chunk = range(number, number + CHUNK)
-            await mill.publish_many([Envelope(Sack(farm=n % FARMS, number=n), id=f"s-{n}") for n in chunk], to=sacks)
+            await mill.publish_many([sack(n) for n in chunk], to=sacks)
             for n in chunk:
                 shop.write("ok", f"s-{n}")
             number += CHUNK

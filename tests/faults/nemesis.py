@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -18,7 +19,6 @@ from tests.faults.shop import POINTS
 from tests.servers import wait_until
 
 ROOT = Path(__file__).parents[2]
-WORKERS = 2
 PATIENCE_S = 30.0  # a machine with two busy cores
 
 QUICK = {"MILLSTREAM_LEASE": "1s", "MILLSTREAM_GRACE": "3s", "MILLSTREAM_CONCURRENCY": "16"}
@@ -158,34 +158,37 @@ class Crew:
                 os.kill(pid, signal.SIGKILL)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How many workers there are, and when they die."""
+
+    workers: int = 2
+    points: Sequence[str] = POINTS
+    latest: int = 500
+    """So often somebody comes to the point of its death at most."""
+    pause_s: float = 0.8
+    """The longest time between two kills."""
+
+
+PLAN = Plan()
+
+
 class Nemesis:
     """Kills the workers of a crew, and starts new ones in their place."""
 
-    def __init__(
-        self,
-        crew: Crew,
-        seed: int,
-        *,
-        workers: int = WORKERS,
-        points: Sequence[str] = POINTS,
-        latest: int = 500,
-        pause_s: float = 0.8,
-        **environment: str,
-    ) -> None:
-        """`latest`: so often somebody comes to a point at most before it dies there; `pause_s`: the longest between kills."""
+    def __init__(self, crew: Crew, seed: int, plan: Plan = PLAN, /, **environment: str) -> None:
         self.kills = 0
         self._crew = crew
+        self._plan = plan
         self._chance = random.Random(seed)
-        self._points = points
-        self._latest = latest
-        self._pause_s = pause_s
         self._environment = environment
-        self._workers = [self._new() for _ in range(workers)]
+        self._workers = [self._new() for _ in range(plan.workers)]
 
     def rampage(self, kills: int) -> None:
         """Kill until there were so many. Half of the workers carry the moment of their death within them."""
         while self.kills < kills:
-            time.sleep(self._chance.uniform(0.0, self._pause_s))  # not to wait for anything: the moment of a kill is to be any
+            # Not to wait for anything: the moment of a kill is to be any.
+            time.sleep(self._chance.uniform(0.0, self._plan.pause_s))
             if all(child.code is None for child in self._workers):
                 self._chance.choice(self._workers).send(signal.SIGKILL)
             self._replace()
@@ -209,7 +212,7 @@ class Nemesis:
     def _new(self) -> Child:
         if self._chance.random() < 0.5:
             return self._crew.start("work", **self._environment)
-        point, count = self._chance.choice(self._points), self._chance.randint(1, self._latest)
+        point, count = self._chance.choice(self._plan.points), self._chance.randint(1, self._plan.latest)
         return self._crew.start("work", FAULTS_DIE=f"{point}:{count}", **self._environment)
 
 

@@ -6,7 +6,9 @@
 Environment, besides that of `shop.py`:
 
     FAULTS_ORDER      `key`: loads of one field are carted in their order
-    FAULTS_RETENTION  `keep`: a bound and a ceiling; `drop`: a bound; else everything stays
+    FAULTS_RETENTION  `keep`, `size`: a bound and a ceiling; `least`: what nobody needs goes at once; `drop`: what is
+                      beyond the bound goes whoever needs it; else everything stays
+    FAULTS_ROTTEN     each so many-th load is a dead letter while there is no file `healed` in the journal's directory
     FAULTS_SECONDS    how long a load takes while there is no file `fast` in the journal's directory
     FAULTS_MUTANT     the mistake that this process makes on purpose: `careless` trims whatever a group needs
 
@@ -32,17 +34,22 @@ from millstream.brokers.base import Broker, Policy, StreamSpec
 from millstream.errors import BrokerFull
 from millstream.telemetry import EVENTS_LOST, FILLING, logger
 from tests.faults import shop
-from tests.faults.shop import Watched, die_with_parent
+from tests.faults.shop import Watched, die, die_with_parent
 
 GROUP = "carts"
 FIELDS = 200
 EVENTS, CEILING = 500, 3_000
+BYTES, CEILING_BYTES = 200_000, "1250KB"
+CHAFF = "x" * 400  # of each load, so that the one ceiling is near the other
 AT_ONCE = 10
-FAST = Path(os.environ.get("FAULTS_JOURNAL", "."), "fast")
+FAST, HEALED = (Path(os.environ.get("FAULTS_JOURNAL", "."), name) for name in ("fast", "healed"))
+ROTTEN = int(os.environ.get("FAULTS_ROTTEN", "0"))
 SECONDS = float(os.environ.get("FAULTS_SECONDS", "0"))
 ORDER: Literal["key", "none"] = "key" if os.environ.get("FAULTS_ORDER") == "key" else "none"
 RETENTION = {
     "keep": Retention(events=EVENTS, ceiling=CEILING),
+    "size": Retention(bytes=BYTES, ceiling=CEILING_BYTES),
+    "least": Retention(events=1),
     "drop": Retention(events=EVENTS, unread="drop"),
 }
 
@@ -50,6 +57,7 @@ RETENTION = {
 class Load(Event, type="load"):
     field: int
     number: int
+    chaff: str = CHAFF
 
 
 grain = Stream(
@@ -58,12 +66,21 @@ grain = Stream(
 silo = App("silo", streams=[grain])
 
 
-@silo.subscriber(grain, GROUP, order=ORDER, retry=Retry(1_000, first="50ms", factor=1))
+def is_rotten(number: int) -> bool:
+    return ROTTEN > 0 and number % ROTTEN == 0
+
+
+@silo.subscriber(grain, GROUP, order=ORDER, retry=Retry(3 if ROTTEN else 1_000, first="50ms", factor=1))
 async def cart(event: Load, delivery: Delivery[Load]) -> None:
+    die("before")
     shop.write("run", delivery.id, delivery.attempt)
+    if is_rotten(event.number) and not HEALED.exists():
+        raise RuntimeError("rotten")
     if not FAST.exists():
         await asyncio.sleep(SECONDS)
+    die("inside")
     shop.write("fin", delivery.id, delivery.attempt)
+    die("after")
 
 
 def load(number: int) -> Envelope[Load]:

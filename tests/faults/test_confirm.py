@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-import shutil
-import subprocess
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -36,24 +33,6 @@ class Entry(Event, type="entry"):
     number: int
 
 
-@pytest.fixture(scope="module")
-def power(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What makes a server forget when it is killed what it has not synced."""
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler on this machine: install gcc")
-    library = tmp_path_factory.mktemp("power") / "power.so"
-    source = Path(__file__).with_name("power.c")
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl", "-lpthread"], check=True)
-    return library
-
-
-@pytest.fixture
-def powered(power: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Servers that are started now lose their power when they are killed."""
-    monkeypatch.setenv("LD_PRELOAD", str(power))
-
-
 def ledger(confirm: Confirm) -> Stream[Entry]:
     return Stream("ledger", Entry, partitions=2, confirm=confirm)
 
@@ -69,15 +48,15 @@ async def publish_until(url: str, confirm: Confirm, first: int, fate: Callable[[
                 confirmed.add(f"e-{number}")
             number += LANES
 
-    async with App("clerk", broker=url, streams=[stream], settings=Settings(publish_patience=0)) as app:
-        async with asyncio.TaskGroup() as lanes:
-            for number in range(first, first + LANES):
-                lanes.create_task(lane(number))
-            async with asyncio.timeout(PATIENCE_S):
-                while len(confirmed) < AT_LEAST:
-                    await asyncio.sleep(0.001)
-                await fate()
-            over.set()
+    client = App("clerk", broker=url, streams=[stream], settings=Settings(publish_patience=0))
+    async with client as app, asyncio.TaskGroup() as lanes:
+        for number in range(first, first + LANES):
+            lanes.create_task(lane(number))
+        async with asyncio.timeout(PATIENCE_S):
+            while len(confirmed) < AT_LEAST:
+                await asyncio.sleep(0.001)
+            await fate()
+        over.set()
     return confirmed
 
 
@@ -138,33 +117,31 @@ def tell(told: Told, lost: set[str], confirmed: int) -> None:
 
 
 @pytest.mark.parametrize(("version", "fsync"), [("7", "always"), ("8", "everysec"), ("8", "always")])
-async def test_what_was_confirmed_on_the_disk_survives_a_loss_of_power(
+def test_what_was_confirmed_on_the_disk_survives_a_loss_of_power(
     powered: None, record_property: Told, version: Version, fsync: str
 ) -> None:
     with RedisServer.start(version, appendonly="yes", appendfsync=fsync) as server:
-        lost, confirmed = await lost_with_the_power(server, "fsync")
+        lost, confirmed = asyncio.run(lost_with_the_power(server, "fsync"))
     tell(record_property, lost, confirmed)
     assert not lost
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-async def test_what_was_confirmed_elsewhere_survives_the_death_of_the_server(
-    record_property: Told, version: Version
-) -> None:
-    lost, confirmed = await lost_with_the_server(version, "replicated")
+def test_what_was_confirmed_elsewhere_survives_the_death_of_the_server(record_property: Told, version: Version) -> None:
+    lost, confirmed = asyncio.run(lost_with_the_server(version, "replicated"))
     tell(record_property, lost, confirmed)
     assert not lost
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-async def test_what_was_not_confirmed_on_the_disk_is_lost_with_the_power(powered: None, version: Version) -> None:
+def test_what_was_not_confirmed_on_the_disk_is_lost_with_the_power(powered: None, version: Version) -> None:
     """The judge can say no."""
     with RedisServer.start(version, appendonly="yes", appendfsync="everysec") as server:
-        lost, _ = await lost_with_the_power(server, "memory")
+        lost, _ = asyncio.run(lost_with_the_power(server, "memory"))
     assert lost
 
 
-async def test_what_was_not_confirmed_elsewhere_is_lost_with_the_server() -> None:
+def test_what_was_not_confirmed_elsewhere_is_lost_with_the_server() -> None:
     """The judge can say no."""
-    lost, _ = await lost_with_the_server("7", "memory")
+    lost, _ = asyncio.run(lost_with_the_server("7", "memory"))
     assert lost

@@ -13,7 +13,7 @@ import pytest
 from millstream import App
 from tests.faults.belfry import INTERVAL_MS, POINTS, strikes
 from tests.faults.conftest import LONG
-from tests.faults.nemesis import Child, Crew, Nemesis
+from tests.faults.nemesis import Child, Crew, Nemesis, Plan
 from tests.faults.proxy import Proxy
 from tests.servers import RedisServer
 
@@ -55,7 +55,7 @@ def heard(url: str) -> list[int]:
 
 def rung(crew: Crew, slots: int, seed: int) -> int:
     """Kill processes until so many slots are published. Returns how many kills there were."""
-    nemesis = Nemesis(crew, seed, workers=PROCESSES, points=POINTS, latest=15)
+    nemesis = Nemesis(crew, seed, Plan(PROCESSES, POINTS, latest=15))
     while len(crew.journal.ids("set")) < slots:
         nemesis.rampage(nemesis.kills + 1)
     peaceful = nemesis.peace()
