@@ -67,7 +67,7 @@ def test_two_streams_of_one_name_are_refused() -> None:
 
 
 def test_an_app_has_a_name_that_can_be_part_of_a_key() -> None:
-    with pytest.raises(BadSetting, match="cannot name a app"):
+    with pytest.raises(BadSetting, match="cannot name an app"):
         App("my shop")
 
 

@@ -31,6 +31,7 @@ from millstream import (
     Unconfirmed,
 )
 from millstream.blocking import Blocking
+from millstream.brokers.memory.broker import MemoryBroker
 
 
 class Placed(Event, type="order.placed"):
@@ -271,6 +272,24 @@ async def test_while_the_app_is_open_on_a_loop_threads_go_through_that_one(tmp_p
     assert seen == [1, 2, 3]
 
 
+def test_a_broker_that_does_not_answer_is_waited_for_no_longer_than_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = threading.Event()
+
+    async def hang(_: MemoryBroker) -> None:
+        await asyncio.to_thread(answers.wait)
+
+    monkeypatch.setattr(MemoryBroker, "open", hang)
+    client = App("shop", broker="memory://", streams=[orders]).blocking()
+    try:
+        with pytest.raises(BrokerDown, match=r"could not be opened within 0\.05 s; nothing was stored"):
+            client.publish(Placed(n=1), timeout="50ms")
+    finally:
+        answers.set()
+    client.publish(Placed(n=2))
+    assert numbers(client) == [2]
+    client.close()
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_connects_by_itself_and_leaves_its_parents_connection_alone(tmp_path: Path) -> None:
     script = """
@@ -307,6 +326,37 @@ print(sorted({envelope.event.n for envelope in client.read(orders)}))
 """
     done = run(script, f"sqlite:///{tmp_path}/shop.db?synchronous=normal")
     assert (done.returncode, done.stdout.strip()) == (0, "[0, 1, 2, 3, 4, 5, 6]"), done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_what_a_forked_child_publishes_outlives_its_parents_connection(tmp_path: Path) -> None:
+    script = """
+import os, sys
+from millstream import App, Event, Stream
+
+class Placed(Event, type="order.placed"):
+    n: int = 0
+
+orders = Stream("orders", Placed)
+client = App("shop", broker=sys.argv[1], streams=[orders]).blocking()
+client.publish(Placed(n=0))
+(begun, begin), (closed, close) = os.pipe(), os.pipe()
+child = os.fork()
+if child == 0:
+    client.publish(Placed(n=1))
+    os.write(begin, b".")
+    os.read(closed, 1)
+    client.publish(Placed(n=2))
+    client.close()
+    os._exit(0)
+os.read(begun, 1)
+client.close()  # were it the last one, it would take the write-ahead log away
+os.write(close, b".")
+assert os.waitpid(child, 0)[1] == 0
+print(sorted(envelope.event.n for envelope in client.read(orders)))
+"""
+    done = run(script, f"sqlite:///{tmp_path}/shop.db")
+    assert (done.returncode, done.stdout.strip()) == (0, "[0, 1, 2]"), done.stderr
 
 
 def test_the_end_of_the_process_waits_for_what_is_being_written(tmp_path: Path) -> None:

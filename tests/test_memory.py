@@ -166,6 +166,22 @@ async def test_a_group_without_order_that_is_moved_forgets_all_that_is_pending()
     assert await consumer.fetch(10, 0) == []
 
 
+@pytest.mark.parametrize("fetched", [False, True])
+async def test_a_dead_letter_whose_event_comes_again_by_itself_is_not_given_besides(fetched: bool) -> None:
+    broker, _ = await opened()
+    consumer = await joined(broker)
+    await broker.append("orders", [record()])
+    await consumer.settle([settlement(claim, Dead("failed")) for claim in await consumer.fetch(10, 0)])
+    letters = await broker.admin.dead("orders", "billing")
+    await broker.admin.seek("orders", "billing", "beginning", live=True)
+    await consumer.keep()
+    claims = await consumer.fetch(10, 0) if fetched else []
+    assert await broker.admin.replay(letters) == [True]
+    claims += await consumer.fetch(10, 0)
+    assert len(claims) == 1 and await consumer.settle([settlement(claims[0])]) == [True]
+    assert await consumer.fetch(10, 0) == [] and broker.quiet()
+
+
 async def test_an_errors_text_is_cut_at_its_limit() -> None:
     broker, _ = await opened()
     consumer = await joined(broker)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from millstream import App, Dedupe, Event, Settings, Stream, Unconfirmed
-from millstream.brokers.base import Confirm, Position, Record
+from millstream.brokers.base import Confirm, Policy, Position, Record
 from millstream.brokers.memory.broker import MemoryBroker
 from millstream.errors import BrokerDown, BrokerFull, BrokerRefused, MillstreamError
 from millstream.telemetry import BROKER_ERROR
@@ -181,6 +181,17 @@ async def test_nothing_is_tried_again_after_the_stream_may_have_forgotten_the_id
         await clock.advance(1)
         assert isinstance(future.exception(), Unconfirmed)
         assert broker.stored(brief) == [1]
+
+
+async def test_what_is_in_doubt_is_not_repeated_once_the_stream_remembers_no_ids_any_more() -> None:
+    async with failing() as (app, broker, clock):
+        broker.errors = [LOST]
+        futures = publishing(app, 1, to=told)
+        await broker.admin.apply("told", Policy())
+        await clock.advance(2)
+        error = futures[0].exception()
+        assert isinstance(error, Unconfirmed) and error.retry_until is None and "has no dedupe" in str(error)
+        assert broker.stored(told) == [1]
 
 
 async def test_a_cancelled_call_takes_its_event_out_of_the_next_try() -> None:

@@ -27,7 +27,7 @@ from millstream import (
 from millstream.brokers.base import LATER, Confirm, Output, Policy, Position, Record, Stored, Subscription
 from millstream.brokers.memory.broker import MemoryBroker
 from millstream.handlers.router import Router, Runtime
-from millstream.publisher import in_words, policy_of, spec_of
+from millstream.publisher import differences, in_words, policy_of, spec_of
 from millstream.testing.clock import START_MS, VirtualClock
 from tests.worker.place import until
 
@@ -203,9 +203,8 @@ async def test_what_is_recorded_for_a_stream_holds_and_a_difference_is_told_once
         pass
     (warning,) = caplog.records
     assert warning.getMessage() == (
-        "stream 'orders' on memory:// is recorded with dedupe 10m (up to 1,000,000 ids per partition), retention age 7d, "
-        "a ceiling of 2GB, unread kept, groups forgotten after 7d; here it is declared with dedupe 1h (up to 1,000,000 ids "
-        "per partition), no retention. What is recorded holds; `millstream stream apply orders` changes it"
+        "stream 'orders' on memory:// is recorded with dedupe 10m, 1,000,000 ids; here it is declared with dedupe 1h, "
+        "1,000,000 ids. What is recorded holds; `millstream stream apply orders` changes it"
     )
 
 
@@ -215,7 +214,24 @@ async def test_dedupe_that_is_declared_and_not_recorded_is_told(caplog: pytest.L
     await broker.declare(spec_of(orders))
     async with app.opened(broker=broker):
         pass
-    assert "is recorded with no dedupe, no retention; here it is declared with dedupe 10m" in caplog.text
+    assert "is recorded with no dedupe; here it is declared with dedupe 10m, 1,000,000 ids. What" in caplog.text
+
+
+def test_two_policies_differ_in_the_settings_that_were_declared() -> None:
+    everything = Retention(age="36h", events=1_000, bytes="1536KB", unread="drop", forget="never")
+    declared = policy_of(Stream("s", Placed, retention=everything, dedupe=Dedupe("90s", ids=5)))
+    assert differences(declared, declared) == {}
+    assert differences(Policy(), declared) == {
+        "dedupe": ("-", "90s, 5 ids"),
+        "age": ("-", "36h"),
+        "events": ("-", "1,000"),
+        "bytes": ("-", "1,536KB"),
+        "unread": ("keep", "drop"),
+        "forget": ("7d", "never"),
+    }
+    lower = policy_of(Stream("s", Placed, retention=Retention(age="1d", ceiling="2GB")))
+    higher = policy_of(Stream("s", Placed, retention=Retention(age="1d", ceiling=5_000)))
+    assert differences(lower, higher) == {"ceiling": ("2GB", "5,000 events")}
 
 
 def test_a_policy_in_words_names_all_of_it() -> None:

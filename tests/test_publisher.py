@@ -21,7 +21,7 @@ from millstream import (
     Unconfirmed,
     Unroutable,
 )
-from millstream.brokers.base import Confirm, Position, Record
+from millstream.brokers.base import Confirm, Policy, Position, Record, StreamSpec
 from millstream.brokers.memory.broker import MemoryBroker
 from millstream.errors import BrokerDown, BrokerFull, BrokerRefused
 from millstream.wire.partition import partition_of
@@ -118,6 +118,7 @@ async def test_an_envelope_keeps_its_id_and_headers_and_others_get_an_id() -> No
         (Placed(order_id="é" * 600), TooLarge, "the key of Placed is over 1,024 bytes; use a hash of it"),
         (Envelope(Placed(), id="i" * 65), TooLarge, "has 65 characters, over the limit of 64"),
         (Envelope(Placed(), id="naïve"), BadEvent, "only printable ASCII"),
+        (Envelope(Placed(), id=7), BadEvent, "id 7 is not text"),  # type: ignore[arg-type]
         (Envelope(Placed(), headers={"h": "x" * 20_000}), TooLarge, "headers are 20,008 bytes"),
         (Envelope(Placed(), headers={"n": 5}), BadEvent, "names and values must be text"),  # type: ignore[dict-item]
         (Base(), BadEvent, r"write class Base\(Event, type='…'\)"),
@@ -209,6 +210,23 @@ async def test_publish_says_when_the_app_is_not_open() -> None:
         await app.publish(Placed())
     with pytest.raises(MillstreamError, match="is not open"):
         await app.publish(Placed())
+
+
+async def test_an_app_that_is_closed_while_a_stream_is_declared_publishes_nothing_to_it() -> None:
+    async with opened() as (app, broker):
+        asked, answer, declare = asyncio.Event(), asyncio.Event(), broker.declare
+
+        async def slow(stream: StreamSpec, policy: Policy | None = None) -> Policy:
+            asked.set()
+            await answer.wait()
+            return await declare(stream, policy)
+
+        broker.declare = slow  # type: ignore[method-assign]
+        publishing = asyncio.create_task(app.publish(Cancelled(), to=Stream("others", Cancelled)))
+        await asked.wait()
+    answer.set()
+    with pytest.raises(MillstreamError, match="the app is not open"):
+        await publishing
 
 
 async def test_leaving_the_app_waits_for_writes_that_are_under_way() -> None:

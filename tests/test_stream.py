@@ -114,12 +114,14 @@ def test_dedupe_is_a_window_or_a_window_and_a_number_of_ids() -> None:
         (
             "25h",
             1,
-            "up to 24h. What must be told apart for longer belongs into your database: see millstream.sql.inbox",
+            "up to 24h. What must be told apart for longer belongs into your database: see millstream.sql.Inbox",
         ),
-        (0, 1, "more than 0, up to 24h"),
+        (0, 1, "from 1ms up to 24h"),
+        (0.0001, 1, "from 1ms up to 24h"),
         ("soon", 1, "'soon' is not a duration"),
         ("1m", 0, "from 1 to 10,000,000 per partition"),
         ("1m", 10_000_001, "from 1 to 10,000,000 per partition"),
+        ("1m", True, "from 1 to 10,000,000 per partition"),
         ("1m", 1.5, "from 1 to 10,000,000 per partition"),
     ],
 )
@@ -134,18 +136,22 @@ def test_an_unusable_window_or_number_of_ids_is_refused(window: Any, ids: Any, w
         ({}, r"Retention\(\) keeps everything: say age=, events= or bytes="),
         ({"age": "500ms"}, "at least 1s"),
         ({"age": "a week"}, "is not a duration"),
+        ({"events": True}, "a whole number, at least 1"),
         ({"events": 0}, "a whole number, at least 1"),
         ({"events": 1e6}, "a whole number, at least 1"),
         ({"bytes": 0}, "at least 1 byte"),
         ({"bytes": "2 gigs"}, "is not a size"),
         ({"age": "1d", "unread": "trim"}, "'keep' or 'drop'"),
         ({"age": "1d", "forget": "10s"}, "at least 1m, or 'never'"),
-        ({"ceiling": True}, "a number of events, or a size such as '2GB'"),
-        ({"ceiling": 0}, "a number of events, or a size such as '2GB'"),
-        ({"ceiling": "2 gigs"}, "is not a size"),
+        ({"age": "1d", "ceiling": True}, "a number of events, or a size such as '2GB'"),
+        ({"age": "1d", "ceiling": 0}, "a number of events, or a size such as '2GB'"),
+        ({"age": "1d", "ceiling": "2 gigs"}, "is not a size"),
         ({"events": 10, "ceiling": 20, "unread": "drop"}, "is for unread='keep'"),
-        ({"events": 10, "ceiling": 5}, "is below events=10"),
-        ({"bytes": "1GB", "ceiling": "1MB"}, "is below bytes='1GB'"),
+        ({"events": 10, "ceiling": 5}, "is not above events=10"),
+        ({"events": 10, "ceiling": 10}, "is not above events=10"),
+        ({"bytes": "1GB", "ceiling": "1MB"}, "is not above bytes='1GB'"),
+        ({"bytes": "1GB", "ceiling": "1GB"}, "is not above bytes='1GB'"),
+        ({"ceiling": 5}, "is full for ever at its ceiling=5: say age=, events= or bytes="),
     ],
 )
 def test_an_unusable_retention_is_refused(options: dict[str, Any], words: str) -> None:
@@ -155,8 +161,11 @@ def test_an_unusable_retention_is_refused(options: dict[str, Any], words: str) -
 
 def test_retention_in_the_units_of_a_policy() -> None:
     assert (Retention(age="1d").forget_ms, Retention(age="1d", forget="never").forget_ms) == (7 * 86_400_000, 0)
-    assert (Retention(ceiling=5).ceiling_events, Retention(ceiling=5).ceiling_bytes) == (5, 0)
-    assert (Retention(ceiling="1KB").ceiling_events, Retention(ceiling="1KB").ceiling_bytes) == (0, 1_024)
+    assert (Retention(age="1d", ceiling=5).ceiling_events, Retention(age="1d", ceiling=5).ceiling_bytes) == (5, 0)
+    assert (Retention(age="1d", ceiling="1KB").ceiling_events, Retention(age="1d", ceiling="1KB").ceiling_bytes) == (
+        0,
+        1_024,
+    )
 
 
 def test_retention_and_confirm_are_checked_when_the_stream_is_declared() -> None:

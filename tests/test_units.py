@@ -50,6 +50,7 @@ def test_a_duration_becomes_seconds(duration: str | float | timedelta, expected:
         float("inf"),
         10**400,
         None,
+        True,
         [],
         timedelta(seconds=-1),
     ],
@@ -60,6 +61,12 @@ def test_what_is_no_duration_is_refused_and_named(duration: Any) -> None:
     assert repr(duration) in str(refused.value)
 
 
+@pytest.mark.parametrize("duration", [None, True, [], b"5m"])
+def test_what_could_never_be_a_duration_is_refused_with_what_can(duration: Any) -> None:
+    with pytest.raises(BadSetting, match="write '5m', a number of seconds, or a timedelta"):
+        seconds(duration)
+
+
 @pytest.mark.parametrize(
     ("size", "expected"),
     [("64KB", 65_536), ("1MB", 1_048_576), ("2 gb", 2_147_483_648), ("1.5KB", 1_536), ("7B", 7), (0, 0), (12, 12)],
@@ -68,7 +75,7 @@ def test_a_size_becomes_bytes(size: str | int, expected: int) -> None:
     assert size_bytes(size) == expected
 
 
-@pytest.mark.parametrize("size", ["", "1", "KB", "-1KB", "1KiB", "1 byte", "9" * 400 + "GB", -1, 1.5, None])
+@pytest.mark.parametrize("size", ["", "1", "KB", "-1KB", "1KiB", "1 byte", "9" * 400 + "GB", -1, 1.5, True, None])
 def test_what_is_no_size_is_refused_and_named(size: Any) -> None:
     with pytest.raises(BadSetting) as refused:
         size_bytes(size)
@@ -86,6 +93,8 @@ def test_letters_digits_dots_dashes_and_underscores_make_a_name(name: str) -> No
 def test_what_could_not_be_part_of_a_key_is_no_name(name: Any) -> None:
     with pytest.raises(BadSetting, match="cannot name a group"):
         check_name("group", name)
+    with pytest.raises(BadSetting, match="cannot name an inbox"):
+        check_name("inbox", name)
 
 
 @given(st.text())

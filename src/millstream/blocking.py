@@ -31,7 +31,7 @@ from weakref import WeakSet
 from millstream.brokers.base import Confirm
 from millstream.clock import Clock
 from millstream.delivery import Envelope
-from millstream.errors import MillstreamError, Unconfirmed
+from millstream.errors import BrokerDown, MillstreamError, Unconfirmed
 from millstream.publisher import Client, delayed, named
 from millstream.stream import Position, Stream
 from millstream.telemetry import logger
@@ -51,7 +51,8 @@ class Blocking:
     """An app's verbs for threads. Safe to be used by many at once.
 
     As a context manager it connects at once, and leaving the outermost block disconnects; a call outside of a block starts
-    it for the life of the process. `timeout` bounds each write: when it is over, `Unconfirmed` tells what may be stored.
+    it for the life of the process. `timeout` bounds each write, connecting included: when it is over, `Unconfirmed` tells
+    what may be stored, or `BrokerDown` that nothing is.
     """
 
     def __init__(
@@ -216,9 +217,10 @@ class Blocking:
         stored: list[Position] | None = None,
     ) -> T:
         timeout_s = seconds(timeout)
+        until_s = self._clock.monotonic() + timeout_s
         try:
-            with self._used() as client:
-                return _result(_submit(work(client), client), timeout_s)
+            with self._used(timeout_s) as client:
+                return _result(_submit(work(client), client), max(0.0, until_s - self._clock.monotonic()))
         except TimeoutError:
             reason = f"no answer within {timeout_s:g} s"
         except CancelledError:
@@ -228,7 +230,7 @@ class Blocking:
         ) from None
 
     @contextmanager
-    def _used(self) -> Iterator[Client]:
+    def _used(self, timeout_s: float | None = None) -> Iterator[Client]:
         """The app, open for as long as the block: where the program has opened it, else on the loop of our own thread."""
         with suppress(RuntimeError):
             asyncio.get_running_loop()
@@ -248,7 +250,7 @@ class Blocking:
             own = self._own
             own.users += 1
         try:
-            yield own.client.result()
+            yield own.opened(timeout_s)
         finally:
             with self._changed:
                 own.users -= 1
@@ -291,6 +293,15 @@ class _Loop:
     def ended(self) -> bool:
         """True when the app could not be opened, or has ended by itself."""
         return self.client.done() and (self.client.exception() is not None or not self._thread.is_alive())
+
+    def opened(self, timeout_s: float | None) -> Client:
+        """The app, once it is open. Raises what keeps it from that."""
+        try:
+            return self.client.result(timeout_s)
+        except TimeoutError:
+            if self.client.done():
+                raise
+            raise BrokerDown(f"the app could not be opened within {timeout_s:g} s; nothing was stored") from None
 
     def close(self) -> None:
         """Disconnect, and wait for it. Safe to repeat."""

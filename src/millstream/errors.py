@@ -24,7 +24,7 @@ class ConfigError(MillstreamError):
 
 
 class BadEvent(ConfigError):
-    """A class cannot be an event."""
+    """A class cannot be an event, or what goes with an event (id, key, headers, due) is unusable. Nothing was stored."""
 
 
 class BadHandler(ConfigError):

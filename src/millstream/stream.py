@@ -31,6 +31,8 @@ Key = str | int | UUID
 
 NEVER = "never"
 
+LEAST_DEDUPE_S = 0.001  # it is recorded in milliseconds
+
 DEFAULT_KEYED_PARTITIONS = 8  # enough for eight workers; growing later is a migration
 
 
@@ -65,12 +67,12 @@ class Dedupe:
     ids: int = 1_000_000
 
     def __post_init__(self) -> None:
-        if not 0 < seconds(self.window) <= MAX_DEDUPE_S:
+        if not LEAST_DEDUPE_S <= seconds(self.window) <= MAX_DEDUPE_S:
             raise BadSetting(
-                f"dedupe={self.window!r}: more than 0, up to {MAX_DEDUPE_S / 3600:.0f}h. What must be told apart for longer "
-                "belongs into your database: see millstream.sql.inbox"
+                f"dedupe={self.window!r}: from {LEAST_DEDUPE_S * 1000:.0f}ms up to {MAX_DEDUPE_S / 3600:.0f}h. What must be "
+                "told apart for longer belongs into your database: see millstream.sql.Inbox"
             )
-        if not isinstance(self.ids, int) or not 1 <= self.ids <= MAX_DEDUPE_IDS:
+        if not _is_whole(self.ids) or not 1 <= self.ids <= MAX_DEDUPE_IDS:
             raise BadSetting(f"Dedupe(ids={self.ids!r}): from 1 to {MAX_DEDUPE_IDS:,} per partition")
 
 
@@ -80,9 +82,9 @@ class Retention:
 
     With `unread="keep"`, an event stays for as long as a group has not settled it, or has a dead letter that needs it to be
     replayed. A group without a living member for longer than `forget` keeps nothing any more ("never": it does). When that
-    lets the stream grow to its `ceiling`, a number of events or a size such as "2GB", publishing to it is refused with
-    `BrokerFull`; an alarm comes before. With `unread="drop"`, what is too old or too much goes, and what a group had not
-    settled is counted as lost. Raises `BadSetting`.
+    lets the stream grow to its `ceiling`, a number of events above `events` or a size above `bytes` such as "2GB",
+    publishing to it is refused with `BrokerFull`; an alarm comes before. With `unread="drop"`, what is too old or too much
+    goes, and what a group had not settled is counted as lost. Raises `BadSetting`.
     """
 
     age: Duration | None = None
@@ -93,11 +95,12 @@ class Retention:
     ceiling: int | str | None = None
 
     def __post_init__(self) -> None:
-        if self.age is None and self.events is None and self.bytes is None and self.ceiling is None:
-            raise BadSetting("Retention() keeps everything: say age=, events= or bytes=")
+        if self.age is None and self.events is None and self.bytes is None:
+            then = "" if self.ceiling is None else f", and is full for ever at its ceiling={self.ceiling!r}"
+            raise BadSetting(f"Retention() keeps everything{then}: say age=, events= or bytes=")
         if self.age is not None and seconds(self.age) < 1:
             raise BadSetting(f"Retention(age={self.age!r}): at least 1s")
-        if self.events is not None and (not isinstance(self.events, int) or self.events < 1):
+        if self.events is not None and (not _is_whole(self.events) or self.events < 1):
             raise BadSetting(f"Retention(events={self.events!r}): a whole number, at least 1")
         if self.bytes is not None and size_bytes(self.bytes) < 1:
             raise BadSetting(f"Retention(bytes={self.bytes!r}): at least 1 byte")
@@ -131,10 +134,10 @@ class Retention:
             raise BadSetting(
                 "Retention(ceiling=…) is for unread='keep': with 'drop' a stream does not outgrow its bounds"
             )
-        if 0 < self.ceiling_events < (self.events or 0):
-            raise BadSetting(f"Retention(ceiling={self.ceiling!r}) is below events={self.events!r}")
-        if self.bytes is not None and 0 < self.ceiling_bytes < size_bytes(self.bytes):
-            raise BadSetting(f"Retention(ceiling={self.ceiling!r}) is below bytes={self.bytes!r}")
+        if 0 < self.ceiling_events <= (self.events or 0):
+            raise BadSetting(f"Retention(ceiling={self.ceiling!r}) is not above events={self.events!r}, which stay")
+        if self.bytes is not None and 0 < self.ceiling_bytes <= size_bytes(self.bytes):
+            raise BadSetting(f"Retention(ceiling={self.ceiling!r}) is not above bytes={self.bytes!r}, which stay")
 
 
 class Stream(Generic[E]):
@@ -208,6 +211,10 @@ class Stream(Generic[E]):
         for cls in self.types.values():
             if self.key not in (field_names(cls) or ()):
                 raise BadStream(f"stream {self.name!r}: key={self.key!r} is not a field of {cls.__name__}")
+
+
+def _is_whole(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool)
 
 
 def _types(name: str, events: Any) -> dict[str, type]:

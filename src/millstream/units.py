@@ -53,11 +53,10 @@ def seconds(duration: Duration) -> float:
         if match is None:
             raise BadSetting(f"{duration!r} is not a duration: write '250ms', '2s', '5m', '1h' or '7d'")
         value = float(match[1]) * _SECONDS[match[2]]
+    elif isinstance(duration, int | float) and not isinstance(duration, bool):
+        value = float(duration) if duration < 1e18 else float("inf")
     else:
-        try:
-            value = float(duration)
-        except (TypeError, ValueError, OverflowError):
-            value = -1
+        raise BadSetting(f"{duration!r} is not a duration: write '5m', a number of seconds, or a timedelta")
     if not 0 <= value < float("inf"):
         raise BadSetting(f"{duration!r} is not a duration: it must be zero or more")
     return value
@@ -65,7 +64,7 @@ def seconds(duration: Duration) -> float:
 
 def size_bytes(size: Size) -> int:
     """A size as bytes. Raises `BadSetting`."""
-    if isinstance(size, int) and size >= 0:
+    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
         return size
     match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
     if match is None:
@@ -76,7 +75,8 @@ def size_bytes(size: Size) -> int:
 def check_name(kind: str, name: str) -> str:
     """The name, when it may be part of a key. Raises `BadSetting` naming the kind (`stream`, `group`, …)."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
+        article = "an" if kind[0] in "aeiou" else "a"
         raise BadSetting(
-            f"{name!r} cannot name a {kind}: use 1 to {MAX_NAME_CHARS} of the characters A-Z a-z 0-9 . _ -"
+            f"{name!r} cannot name {article} {kind}: use 1 to {MAX_NAME_CHARS} of the characters A-Z a-z 0-9 . _ -"
         )
     return name

@@ -136,7 +136,7 @@ def test_a_group_that_runs_is_moved_only_when_that_is_meant(project: Project, hi
     }[verb]
     asyncio.run(join(history))
     done = project(*words, "--plan")
-    assert done.exit_code == 0 and "1 consumer of it run now" in done.stderr
+    assert done.exit_code == 0 and "1 consumer of it runs now" in done.stderr
     done = project(*words, "--yes")
     assert (done.exit_code, done.stdout) == (4, "")
     assert "orders/billing runs: stop its consumers, or say --live, and they lose what they hold" in done.stderr
@@ -197,7 +197,7 @@ def test_a_group_is_forgotten_as_planned_and_only_after_a_yes(project: Project, 
 
 def test_a_group_that_runs_is_not_forgotten(project: Project, history: MemoryBroker) -> None:
     asyncio.run(join(history))
-    assert "1 consumer of it run now" in project("group", "forget", "billing", "--plan").stderr
+    assert "1 consumer of it runs now" in project("group", "forget", "billing", "--plan").stderr
     done = project("group", "forget", "billing", "--yes")
     assert done.exit_code == 4 and "orders/billing runs: stop its consumers first" in done.stderr
     assert info(history).consumers == 1

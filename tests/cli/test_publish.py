@@ -52,7 +52,11 @@ def test_one_event_is_published_and_its_words_take_the_types_of_its_fields(proje
         (["order.placed", "order_id"], "'order_id' is not a field: write NAME=VALUE"),
         (["order.placed", "order_id:=x"], "'order_id:=x' is not JSON"),
         (["order.placed", "order_id=1", "customer=" + "x" * 1_100_000], "over the limit of 1,048,576"),
-        (["order.placed", "order_id=1", "--id", "x" * 65], "1 to 64 printable ASCII"),
+        (
+            ["order.placed", "order_id=1", "--id", "x" * 65],
+            "'xxxxxxxxxxxxxxxxxxxx'… of 65 characters: 1 to 64 printable ASCII characters; of what is longer, take a hash",
+        ),
+        (["order.placed", "order_id=1", "--id", ""], "id '': 1 to 64 printable ASCII"),
         (["order.placed", "order_id=1", "--key", "x" * 1_025], "the key is over its limit of 1,024 bytes"),
         (["order.placed", "order_id=1", "--header", "a=" + "x" * 20_000], "the headers are over their limit"),
         ([], "Publish what? Give TYPE and fields, or --file."),

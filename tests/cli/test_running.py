@@ -138,6 +138,21 @@ def test_what_keeps_it_from_starting_is_one_line(project: Project, words: list[s
     assert complaint in program.err.splitlines()[-1] and "Traceback" not in program.err
 
 
+def test_an_outbox_without_its_tables_is_wrong_usage_not_a_fault(project: Project) -> None:
+    project.write(
+        "relaying.py",
+        "import sqlite3\n"
+        "from millstream import App, Event, Stream\n"
+        "from millstream.sql import Outbox\n"
+        "class Placed(Event, type='order.placed'): ...\n"
+        "outbox = Outbox(Stream('orders', Placed, dedupe='1h'))\n"
+        "app = App('relaying', include=[outbox.relay(lambda: sqlite3.connect('own.db'))])\n",
+    )
+    program = project.finish("run", "relaying:app")
+    assert program.process.returncode == 2, program.err
+    assert "were the tables made, with `outbox.create(connection)`" in program.err.splitlines()[-1]
+
+
 def test_without_an_app_there_is_nothing_to_run(project: Project) -> None:
     project.environment = {"MILLSTREAM_BROKER": "sqlite:///shop.db"}
     program = project.finish("run")

@@ -95,6 +95,9 @@ def test_slots_that_were_come_to_are_shown_those_of_other_apps_too(clocks: Proje
 def test_where_there_are_no_schedules_it_says_so(clocks: Project) -> None:
     done = clocks("schedule", "ls", "--app", "clocks:empty")
     assert (done.exit_code, done.stdout) == (0, "") and "There are no schedules" in done.stderr
+    clocks.environment.pop("MILLSTREAM_APP")
+    done = clocks("schedule", "ls")
+    assert (done.exit_code, done.stdout) == (0, "") and "No schedule has published here yet" in done.stderr
 
 
 def test_two_schedules_of_one_name_are_refused(clocks: Project) -> None:

@@ -79,7 +79,7 @@ def test_without_any_broker_the_ways_to_name_one_are_told(project: Project) -> N
         ("raise SystemExit(0)", "broken.py, line 1: SystemExit: 0"),
         ("import json\njson.loads('{')", "broken.py, line 2: JSONDecodeError"),
         (HEADER + "shop = App('shop')", "broken:app is not an app; the module has broken:shop."),
-        (HEADER + "app = App('no/name')", "broken.py, line 2: 'no/name' cannot name a app"),
+        (HEADER + "app = App('no/name')", "broken.py, line 2: 'no/name' cannot name an app"),
         (
             HEADER + "class A(Event, type='a'):\n    n: int\nclass B(Event, type='a'):\n    n: int\nStream('s', A | B)",
             "broken.py, line 6: stream 's': A and B are both named 'a'",

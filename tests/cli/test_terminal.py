@@ -109,6 +109,7 @@ def test_interrupting_the_question_changes_nothing(alone: Project) -> None:
         screen.until("[y/N]")
         screen.process.send_signal(signal.SIGINT)
         assert screen.ended() == 130
+        assert screen.text.splitlines()[-1] == "millstream: interrupted"
     assert len(letters(alone)) == 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 from millstream.brokers.base import Claim, Dead, Position
 from millstream.brokers.ordered import OrderedConsumer
 from millstream.brokers.window import WINDOW
-from millstream.errors import BrokerDown
+from millstream.errors import BrokerDown, LeaseLost
 from millstream.telemetry import BROKER_ERROR
 from tests.ordered.scripted import (
+    LEASE_S,
     Place,
     later,
     loses_the_reply,
@@ -168,6 +170,77 @@ async def test_heads_of_a_partition_that_was_released_meanwhile_are_not_handed_o
         releasing.set()
     assert given.done() and place.group.parts[0].owner == ""
     assert set(positions(fetching.result())) <= (await consumer.keep()).lost
+
+
+# Who was silent for long asks before it hands out.
+
+
+@pytest.mark.parametrize("step", ["beat", "look"])
+async def test_what_could_not_be_asked_about_is_handed_out_later(step: str) -> None:
+    place = await opened()
+    consumer, script = await place.member()
+    events = await place.publish("ab")
+    await place.clock.advance(LEASE_S)
+    script.next(step, refuses(DOWN))
+    with pytest.raises(BrokerDown):
+        await consumer.fetch(10, 0)
+    assert positions(await consumer.fetch(10, 0)) == events
+
+
+@pytest.mark.parametrize("step", ["beat", "look"])
+async def test_a_fetch_that_is_cancelled_while_it_asks_loses_nothing(step: str) -> None:
+    place = await opened()
+    consumer, script = await place.member()
+    events = await park(place, consumer, "a") + await place.publish("bc")
+    await place.clock.advance(LEASE_S)
+    script.next(step, waits(asyncio.Event()))
+    async with asyncio.TaskGroup() as tasks:
+        fetching = tasks.create_task(consumer.fetch(10, 0))
+        await place.clock.advance(0)
+        fetching.cancel()
+    found = [position for _ in range(2) for position in positions(await consumer.fetch(10, 0))]
+    assert found == events
+
+
+@pytest.mark.parametrize("first", ["fetch", "keep"])
+async def test_who_asks_for_a_life_that_ends_meanwhile_goes_on_with_the_next_one(first: str) -> None:
+    place = await opened()
+    consumer, script = await place.member()
+    events = await place.publish("a")
+    await place.clock.advance(LEASE_S)
+    ended = asyncio.Event()
+
+    async def cut_off(_: Any) -> None:
+        await ended.wait()
+        raise DOWN
+
+    script.next("beat", cut_off, refuses(LeaseLost("unknown member")))
+    calls: list[Coroutine[Any, Any, Any]] = [consumer.fetch(10, 0), consumer.keep()]
+    async with asyncio.TaskGroup() as tasks:
+        for call in calls if first == "fetch" else reversed(calls):
+            tasks.create_task(call)
+            await place.clock.advance(0)
+        ended.set()
+    await place.clock.advance(LEASE_S)  # the name of the first life falls silent
+    await consumer.keep()
+    assert positions(await consumer.fetch(10, 0)) == events
+
+
+async def test_a_heartbeat_alone_is_no_leave_to_hand_out_what_others_may_have_by_now() -> None:
+    place = await opened()
+    consumer, script = await place.member()
+    await place.publish("abc")
+    await consumer.fetch(1, 0)
+    await place.clock.advance(LEASE_S)
+    place.group.parts[0].fence()
+    looked = asyncio.Event()
+    script.next("look", waits(looked))
+    async with asyncio.TaskGroup() as tasks:
+        keeping = tasks.create_task(consumer.keep())
+        await place.clock.advance(0)
+        assert await consumer.fetch(10, 0) == []
+        looked.set()
+    assert keeping.result().lost == {Position(0, "1")}
 
 
 # Too much is parked.

@@ -46,7 +46,7 @@ class Out(NamedTuple):
             keys += self.keys
         blobs += self.values
         first = keys.index(self.keys[0], 6) + 1
-        return first, *self.limits, self.due, self.derived, len(blobs) - 6
+        return first, *self.limits, first, 1, self.due, self.derived, len(blobs) - 6  # of one partition: its own log
 
 
 def mail(name: str, partition: int = 0, **policy: Any) -> Out:

@@ -39,7 +39,7 @@ def redis(server: RedisServer) -> Iterator[Raw]:
 
 def put(redis: Raw, *ids: str, window_ms: int = HOUR_MS, max_ids: int = 100, ceiling: int = 0) -> list[Any]:
     words = [word for id_ in ids for word in ("", id_, "t", "app", "", "", "", "{}")]
-    found: list[Any] = redis.run("append", list(KEYS.store(0)), [window_ms, max_ids, ceiling, 0, *words])
+    found: list[Any] = redis.run("append", list(KEYS.store(0)), [window_ms, max_ids, ceiling, 0, 1, 1, *words])
     return found
 
 
@@ -271,6 +271,13 @@ def age(redis: Raw, key: bytes, by_ms: int) -> None:
 def test_a_window_that_changes_forgets_no_id_too_early(redis: Raw, window_ms: int) -> None:
     known = [put(redis, id_, window_ms=HOUR_MS)[0] for id_ in "abc"]
     assert [put(redis, id_, window_ms=window_ms)[0] for id_ in "abc"] == known
+
+
+def test_an_id_that_comes_after_the_window_has_grown_is_remembered_for_all_of_it(redis: Raw) -> None:
+    put(redis, "a", window_ms=60_000)
+    put(redis, "b", window_ms=2 * HOUR_MS)
+    (hash_of_b,) = [key for key in KEYS.ids(0) if redis.do("HEXISTS", key, "b")]
+    assert redis.do("PTTL", hash_of_b) > 3 * HOUR_MS, "it takes ids for an hour, and knows the last one for two"
 
 
 def test_a_clock_that_goes_back_forgets_no_id(redis: Raw) -> None:

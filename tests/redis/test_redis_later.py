@@ -80,7 +80,7 @@ async def test_what_is_large_is_published_in_calls_of_a_bounded_size(server: Red
         await broker.append("kept", some)
         fall_due(server, "kept")
         published, _, refused = run_in(
-            server, "EVAL", scripts["ripen"].source, 6, *KEYS.store(0), 200, 1_048_576, 0, 0, 0, 0
+            server, "EVAL", scripts["ripen"].source, 6, *KEYS.store(0), 200, 1_048_576, 0, 0, 0, 0, 0, 0
         )
         assert (published, refused) == (2, b"")
         assert (await broker.tend("kept")).published == 10
@@ -157,7 +157,7 @@ async def test_what_waits_where_another_kind_of_key_lies_is_told(server: RedisSe
 
 def test_hashes_of_ids_that_nobody_needs_any_more_are_removed(redis: Raw) -> None:
     def tend(window_ms: int) -> list[bytes]:
-        redis.run("ripen", list(KEYS.store(0)), [10, 1_000, window_ms, 100, 0, 0])
+        redis.run("ripen", list(KEYS.store(0)), [10, 1_000, window_ms, 100, 0, 0, 0, 0])
         return [key for key in KEYS.ids(0) if redis.do("EXISTS", key)]
 
     one, two, _ = KEYS.ids(0)

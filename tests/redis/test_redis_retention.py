@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
 import pytest
 
 from millstream.brokers.base import Dead, Policy, StreamSpec, Subscription, Tended
-from millstream.brokers.redis import sources
+from millstream.brokers.redis import sources, tending
 from millstream.brokers.redis.broker import RedisBroker
+from millstream.brokers.redis.link import Link
+from millstream.errors import BrokerFull
 from tests.redis import brokers
 from tests.redis.brokers import everything, opened, records, run_in
 from tests.redis.consuming import LEASE_S, ORDERS, claimed, joined, settled
@@ -89,6 +91,33 @@ async def test_a_group_of_another_client_keeps_events_while_its_consumers_do_som
             faded |= "theirs" in tended.fading
             tended = await broker.tend("orders")
         assert faded and tended.forgotten == {"theirs"} and tended.trimmed >= least()
+
+
+@pytest.mark.parametrize("known_before", [False, True])
+async def test_a_group_that_was_adopted_a_moment_ago_keeps_events(server: RedisServer, known_before: bool) -> None:
+    async with kept(server, Policy(events=10, forget_ms=60_000)) as broker:
+        run_in(server, "XGROUP", "CREATE", LOG, "theirs", "0", "MKSTREAM")
+        await broker.append("orders", records(MANY))
+        if known_before:  # and in use until now
+            assert (await broker.tend("orders")).pinned_by == "theirs"
+            run_in(server, "HINCRBY", META, "entered:theirs", -3_600_000)
+            run_in(server, "XREADGROUP", "GROUP", "theirs", "me", "COUNT", 1, "STREAMS", LOG, ">")
+        await broker.admin.adopt("orders", "theirs", "app")
+        tended = await broker.tend("orders")
+        assert (tended.trimmed, tended.pinned_by, tended.forgotten) == (0, "theirs", frozenset())
+
+
+async def test_where_a_person_has_moved_a_group_back_its_events_are_kept(server: RedisServer) -> None:
+    async with kept(server) as broker:
+        consumer: Any = await broker.subscribe(Subscription(ORDERS, GROUP, "app", lease_s=LEASE_S, order=True))
+        await broker.append("orders", records(MANY))
+        assert all(await settled(consumer, await claimed(consumer, MANY)))
+        await consumer.close()
+        run_in(server, "XGROUP", "SETID", LOG, GROUP, "0")
+        assert (await broker.tend("orders")).trimmed == 0
+        consumer = await broker.subscribe(Subscription(ORDERS, GROUP, "app", lease_s=LEASE_S, order=True))
+        assert len(await claimed(consumer, MANY)) == MANY
+        await consumer.close()
 
 
 @pytest.mark.parametrize("order", [False, True])
@@ -256,6 +285,85 @@ async def test_who_comes_right_after_another_tells_what_that_one_has_found(serve
             assert (await broker.tend("orders")).trimmed >= least()
 
 
+def writes(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """What is sent from now on."""
+    sent: list[bytes] = []
+    write = Link._write
+
+    def counted(link: Link, packed: bytes, replies: int, deadline_s: float) -> Any:
+        sent.append(packed)
+        return write(link, packed, replies, deadline_s)
+
+    monkeypatch.setattr(Link, "_write", counted)
+    return sent
+
+
+@pytest.mark.parametrize("policy", [Policy(), Policy(dedupe_ms=60_000, dedupe_ids=1_000)], ids=["plain", "dedupe"])
+async def test_where_nothing_is_to_do_one_write_tells(
+    server: RedisServer, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = StreamSpec("orders", partitions=16, key="order_id")
+    async with kept(server, policy, spec) as broker:
+        await broker.create(Subscription(spec, GROUP, "app", lease_s=LEASE_S, order=True))
+        await broker.append("orders", records(160, partitions=16))
+        await broker.tend("orders")
+        sent = writes(monkeypatch)
+        for _ in range(5):
+            assert await broker.tend("orders") == Tended()
+        assert len(sent) == 5 and not any(b"EVAL" in packed for packed in sent)
+
+
+async def test_a_round_of_many_partitions_is_few_writes(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = StreamSpec("orders", partitions=16, key="order_id")
+    async with kept(server, Policy(events=160), spec) as broker:
+        await broker.append("orders", records(160, partitions=16))
+        await broker.tend("orders")
+        sent = writes(monkeypatch)
+        assert await broker.tend("orders") == Tended()
+        assert len(sent) <= 1 + 1 + 2 * 16 // tending.AT_ONCE + 1, (
+            "a look, what is due, two for each batch, what was found"
+        )
+
+
+async def test_a_stream_that_asks_for_nothing_is_looked_at_more_closely_when_somebody_has_trimmed_it(
+    server: RedisServer,
+) -> None:
+    async with kept(server, Policy()) as broker:
+        await create(broker)
+        await broker.append("orders", records(MANY))
+        for stay in (MANY - 20, MANY - 40):
+            assert await broker.tend("orders") == Tended()
+            run_in(server, "XTRIM", LOG, "MAXLEN", stay)
+            assert (await broker.tend("orders")).lost == {GROUP: 20}
+
+
+async def test_a_policy_that_was_applied_holds_at_once_although_nothing_was_asked_for_before(
+    server: RedisServer,
+) -> None:
+    async with kept(server, Policy()) as broker, opened(server.url, ORDERS) as other:
+        await broker.append("orders", records(MANY))
+        for one in (broker, other):
+            assert await one.tend("orders") == Tended()
+        await broker.admin.apply("orders", FEW)
+        assert await trimmed(other) >= least()
+
+
+async def test_after_a_clock_went_back_nobody_waits_for_who_is_gone(server: RedisServer) -> None:
+    async with kept(server) as broker:
+        await broker.append("orders", records(MANY))
+        left = '{"by":"gone","at_ms":8000000000000,"until_ms":9000000000000}'
+        run_in(server, "HSET", STREAM_META, "tended", left)
+        assert await trimmed(broker) >= least()
+
+
+async def test_housekeeping_of_a_stream_that_was_discarded_brings_nothing_back(server: RedisServer) -> None:
+    async with kept(server) as broker, opened(server.url, ORDERS) as other:
+        await other.append("orders", records(3))
+        await broker.admin.discard("orders")
+        await other.tend("orders")
+        assert run_in(server, "KEYS", "*") == []
+
+
 async def test_housekeeping_needs_no_room(server: RedisServer) -> None:
     async with kept(server) as broker:
         await create(broker)
@@ -280,19 +388,43 @@ async def test_housekeeping_of_a_stream_without_events_does_nothing(server: Redi
 # What is full, and what is left
 
 
-async def test_each_partition_learns_with_how_many_events_it_is_full(server: RedisServer) -> None:
+async def test_each_partition_learns_with_how_many_events_the_stream_is_full(server: RedisServer) -> None:
     spec = StreamSpec("orders", partitions=2, key="order_id")
     async with kept(server, Policy(ceiling_bytes=1_000_000), spec) as broker:
         await broker.append("orders", records(200, partitions=2, size_bytes=1_000))
         tended = await broker.tend("orders")
+        size = sum(run_in(server, "MEMORY", "USAGE", f"orders:{partition}") for partition in range(2))
         for partition in range(2):
             full_at = int(run_in(server, "HGET", f"{{orders:{partition}}}:meta", "full_at"))
-            size = run_in(server, "MEMORY", "USAGE", f"orders:{partition}")
-            assert full_at == pytest.approx(100 * 500_000 / size, rel=0.1)
-            assert tended.fullness == pytest.approx(size / 500_000, rel=0.1)
+            assert full_at == pytest.approx(200 * 1_000_000 / size, rel=0.1)
+        assert tended.fullness == pytest.approx(size / 1_000_000, rel=0.1)
         await broker.admin.apply("orders", Policy())
         assert (await broker.tend("orders")).fullness == 0
         assert run_in(server, "HGET", "{orders:0}:meta", "full_at") is None
+
+
+async def test_a_busy_partition_may_fill_the_stream_and_none_goes_beyond(server: RedisServer) -> None:
+    spec = StreamSpec("orders", partitions=8, key="order_id")
+    async with kept(server, Policy(ceiling_events=100), spec) as broker:
+        await broker.append("orders", records(2, partitions=2))
+        await broker.append("orders", records(98))
+        for partition in range(8):
+            with pytest.raises(BrokerFull, match="ceiling of 100 events"):
+                await broker.append("orders", records(partition + 1, partitions=partition + 1)[-1:])
+        run_in(server, "XTRIM", "orders:0", "MAXLEN", 50)
+        assert len(await broker.append("orders", records(40))) == 40
+
+
+@pytest.mark.parametrize("count", [0, 1, 10, 30])
+async def test_how_many_events_are_too_large_together_is_told_by_few_of_them(server: RedisServer, count: int) -> None:
+    async with kept(server, Policy(ceiling_bytes=1_000_000)) as broker:
+        await broker.append("orders", records(max(1, count), size_bytes=400))
+        run_in(server, "XTRIM", LOG, "MAXLEN", count)
+        await broker.tend("orders")
+        with pytest.raises(BrokerFull) if count else nullcontext():
+            for first in range(count, 4_000):
+                await broker.append("orders", records(1, first=first, size_bytes=400))
+        assert 0.8e6 < run_in(server, "MEMORY", "USAGE", LOG) < (1.3e6 if count else 3e6)
 
 
 async def test_what_keeps_events_stands_with_the_stream(server: RedisServer) -> None:

@@ -11,6 +11,9 @@ from typing import Any
 import asyncpg
 import psycopg
 import pytest
+import sqlalchemy
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.orm import Session
 
 from millstream import BadSetting, Envelope, MillstreamError, NotSupported
 from millstream.sql import Inbox
@@ -123,6 +126,23 @@ async def test_outside_of_a_transaction_asyncpg_is_refused(dsn: str) -> None:
             await billing.first(connection, "e-1")
     finally:
         await connection.close()
+
+
+def test_sqlalchemy_is_refused_where_it_commits_each_statement_by_itself() -> None:
+    engine = sqlalchemy.create_engine("sqlite://", isolation_level="AUTOCOMMIT")
+    option = sqlalchemy.create_engine("sqlite://").execution_options(isolation_level="AUTOCOMMIT")
+    for connect in (engine.connect, option.connect, lambda: Session(engine), lambda: Session(option)):
+        with connect() as connection, pytest.raises(MillstreamError, match="is not in a transaction: begin one"):
+            billing.first(connection, "e-1")
+
+
+async def test_sqlalchemys_asynchronous_ways_are_refused_likewise() -> None:
+    engine = create_async_engine("sqlite+aiosqlite://", isolation_level="AUTOCOMMIT")
+    async with engine.connect() as connection, AsyncSession(engine) as session:
+        for refused in (connection, session):
+            with pytest.raises(MillstreamError, match="is not in a transaction: begin one"):
+                await billing.first(refused, "e-1")
+    await engine.dispose()
 
 
 async def test_a_forgotten_await_is_refused_and_not_taken_for_the_first(dsn: str) -> None:

@@ -366,6 +366,20 @@ def test_a_relay_that_cannot_work_is_refused(connect: Any, poll: str) -> None:
         outbox.relay(connect, poll=poll)
 
 
+def test_looking_for_work_does_not_read_past_what_was_there_once(dsn: str) -> None:
+    with psycopg.connect(dsn) as connection:
+        for statement in tables.tables("postgresql"):
+            connection.execute(statement)
+        connection.execute(
+            "INSERT INTO millstream_outbox (stream, shard, event_id, type, headers, data, created_ms) "
+            "SELECT 'orders', n % 16, n, 'paid', '', '', 0 FROM generate_series(1, 20000) n"
+        )
+        connection.execute("ANALYZE millstream_outbox")  # now it knows a table full of work
+        look = tables.READY.replace(":stream", "'orders'")
+        plan = "".join(line for (line,) in connection.execute(f"EXPLAIN {look}").fetchall())
+    assert "Scan using millstream_outbox_ready" in plan
+
+
 async def test_an_idle_relay_does_not_write(sqlite: Way) -> None:
     await created(sqlite)
     await put_raw(sqlite, "a", "paid", b"no json", "bad")

@@ -105,6 +105,15 @@ async def test_a_step_is_short_so_that_others_can_write_in_between(
         assert len(removed) > 3
 
 
+async def test_a_long_partition_that_is_needed_does_not_slow_down_the_others(tmp_path: Path) -> None:
+    async with opened(tmp_path / "shop.db") as broker:
+        await publish(broker, 200, partition=1)
+        await broker.create(Subscription(ORDERS, "billing", "shop", "now"))
+        await publish(broker, 30_000)
+        await broker.admin.apply("orders", Policy(events=10))
+        assert (await broker.tend("orders")).trimmed == 195
+
+
 async def test_the_place_of_removed_events_is_used_again(tmp_path: Path) -> None:
     async with opened(tmp_path / "shop.db") as broker:
         await broker.admin.apply("orders", Policy(events=200))
@@ -174,6 +183,36 @@ async def test_what_waits_or_is_a_dead_letter_keeps_its_event_and_all_behind_it(
         assert (await sizes(broker), found.pinned_by) == ([5, 0], "billing")
         await consumer.close()
         assert (await about(broker)).lost == 0
+
+
+async def test_a_dead_letter_whose_event_is_gone_keeps_nothing(tmp_path: Path) -> None:
+    async with opened(tmp_path / "shop.db") as broker:
+        consumer = await joined(broker)
+        await publish(broker, 10)
+        claims = await consumer.fetch(10, 1.0)
+        await consumer.settle([*outcomes(claims[:1], Dead("failed")), *outcomes(claims[1:])])
+        await broker.admin.apply("orders", DROP)
+        await tended(broker)
+        assert (await about(broker)).dead == 1
+        await broker.admin.apply("orders", Policy(events=2))
+        await publish(broker, 10)
+        await consumer.settle(outcomes(await consumer.fetch(10, 1.0)))
+        found = (await tended(broker))[-1]
+        assert (await sizes(broker), found.pinned_by) == ([2, 0], "")
+        await consumer.close()
+
+
+async def test_an_event_that_is_given_up_and_was_gone_by_then_is_lost(tmp_path: Path) -> None:
+    async with opened(tmp_path / "shop.db") as broker:
+        consumer = await joined(broker)
+        await publish(broker, 3)
+        claims = await consumer.fetch(3, 1.0)
+        await broker.admin.apply("orders", DROP)
+        await tended(broker)
+        assert await consumer.settle(outcomes(claims, Dead("failed"))) == [True, True, True]
+        now, letters = await about(broker), await broker.admin.dead("orders", "billing")
+        assert (now.pending, now.lost, now.dead, len(letters)) == (0, 1, 2, 2)
+        await consumer.close()
 
 
 async def test_what_a_living_member_holds_is_lost_only_when_it_gives_it_back(tmp_path: Path) -> None:

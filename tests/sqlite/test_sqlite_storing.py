@@ -13,6 +13,7 @@ import pytest
 from msgspec.structs import replace
 
 from millstream.brokers.base import LATER, Output, Policy, Position, Record, Settlement, Slot, StreamSpec
+from millstream.brokers.sqlite import verbs
 from millstream.brokers.sqlite.broker import SQLiteBroker
 from millstream.errors import BrokerFull, Unconfirmed
 from tests.sqlite.places import (
@@ -165,6 +166,19 @@ async def test_what_is_discarded_leaves_no_row_behind(tmp_path: Path) -> None:
         rows = {name: connection.execute(f"SELECT COUNT(*) FROM {name}").fetchone()[0] for name in tables}
     assert {name for name, count in rows.items() if count} == {"stream", "log", "event", "sqlite_sequence"}
     assert (rows["stream"], rows["log"], rows["event"]) == (1, ORDERS.partitions, 1)
+
+
+async def test_a_stream_whose_discarding_was_cut_off_goes_on_with_what_it_has(tmp_path: Path) -> None:
+    spec = StreamSpec("kept")
+    async with opened(tmp_path / "shop.db") as broker:
+        await broker.declare(spec, replace(REMEMBERING, dedupe_ids=1_510, ceiling_bytes=40_000))
+        await broker.append("kept", records(*(f"e-{n}" for n in range(1_500))))
+        await broker.append("kept", [later(f"l-{n}", 1 << 50) for n in range(10)])
+        for _ in range(5):  # all but the last step
+            assert await broker.writer.ask(lambda db: verbs.discard(db, "kept", 0.0))
+        infos = {info.spec.name: info for info in await broker.admin.streams()}
+        assert (infos["kept"].events, infos["kept"].bytes, infos["kept"].delayed) == (0, 0, 0)
+        assert len(await broker.append("kept", records(*(f"e-{n}" for n in range(1_500))))) == 1_500
 
 
 async def test_a_slot_in_doubt_is_unconfirmed_and_safe_to_repeat(

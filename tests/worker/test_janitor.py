@@ -19,7 +19,7 @@ from millstream.brokers.base import Tended, Traits
 from millstream.telemetry import BROKER_ERROR, EVENTS_LOST, FADING, FELL_DUE, FILLING, FORGOTTEN, TRIMMED, Telemetry
 from millstream.testing import TestApp, VirtualClock
 from millstream.testing.clock import START_MS
-from millstream.worker.janitor import DELAYED_S, LONGEST_PAUSE_S, OTHERWISE_S, REMIND_S, Janitor
+from millstream.worker.janitor import DELAYED_S, LONGEST_PAUSE_S, OTHERWISE_S, REMIND_S, TRIMMING_S, Janitor
 from tests.worker.place import QUICK, at_work, heard, until
 
 HOUR_MS = 3_600_000
@@ -118,6 +118,14 @@ async def test_what_takes_many_rounds_is_done_at_once_and_other_streams_have_the
     assert [told["count"] for told in stage.heard(TRIMMED)] == [500, 20]
 
 
+async def test_where_there_is_always_something_to_trim_the_broker_is_left_to_others_in_between() -> None:
+    stage = Stage()
+    stage.answer = Tended(trimmed=1)
+    async with stage.at_work():
+        await stage.clock.advance(1)
+    assert 2 < len(stage.times) <= 1 + 1 / TRIMMING_S
+
+
 async def test_it_can_be_asked_for_a_round_and_then_makes_no_others() -> None:
     stage = Stage()
     stage.janitor.only_when_asked()
@@ -145,6 +153,19 @@ async def test_an_error_is_told_and_tried_again_after_growing_pauses(
         stage.answer = Tended()
         await stage.clock.advance(LONGEST_PAUSE_S + 1)
     assert stage.times[-1] - stage.times[-2] == DELAYED_S
+
+
+async def test_what_is_lost_in_every_round_makes_one_line_a_second_that_counts_all_of_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    stage = Stage()
+    stage.answer = Tended(trimmed=1, lost={"billing": 2})
+    async with stage.at_work():
+        await stage.clock.advance(2.5)
+        stage.answer = Tended()
+        await stage.clock.advance(1)
+    counts = [int(record.message.split()[3]) for record in caplog.records if " lost " in record.message]
+    assert len(counts) == 4 and sum(counts) == sum(told["count"] for told in stage.heard(EVENTS_LOST)) > 20
 
 
 async def test_lost_events_are_told_for_each_group(caplog: pytest.LogCaptureFixture) -> None:

@@ -299,6 +299,14 @@ async def test_what_falls_due_during_the_first_start_is_published() -> None:
     assert minutes(wall) == [1]
 
 
+async def test_a_first_start_within_an_hour_that_comes_twice_publishes_nothing_from_before() -> None:
+    wall, clock = Wall(), SetClock()
+    clock.off_ms = int(datetime(2026, 10, 25, 1, 10, tzinfo=UTC).timestamp() * 1000) - START_MS  # 02:10, once more
+    async with kept(schedule("30 2 * * *", Tick, to=ticks, tz="Europe/Berlin"), wall=wall, clock=clock) as office:
+        await clock.advance(3_600)
+    assert (wall.published, office.heard(SLOTS_MISSED)) == ([], [])
+
+
 async def test_a_function_that_fails_is_told_and_the_next_slot_comes(caplog: pytest.LogCaptureFixture) -> None:
     wall, clock = Wall(), VirtualClock()
 

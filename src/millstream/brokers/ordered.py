@@ -82,6 +82,7 @@ class OrderedConsumer:
             ledger = await self._living()
             try:
                 await self._begin_heads(ledger, limit)
+                await self._trust(ledger)
                 claims = self._take_begun(limit)
                 claims += self._hand_out(limit - len(claims))
                 left_s = until - self._clock.monotonic()
@@ -92,11 +93,8 @@ class OrderedConsumer:
                         await self._read(ledger, limit, wait_s, changed)
                     finally:
                         self._waits_until_ms = 0.0
+                    await self._trust(ledger)
                     claims = self._hand_out(limit)
-                if claims and self._clock.monotonic() - self._beat_s > TRUST * self._subscription.lease_s:
-                    await self._beat(ledger)
-                    self._compare(ledger, await ledger.look())
-                    claims = [claim for claim in claims if claim.stored.position not in self._lost]
             except LeaseLost as error:
                 self._end(ledger, error)
                 claims = []
@@ -193,10 +191,25 @@ class OrderedConsumer:
                 self._ledger, self._look_at = ledger, 0.0
             return self._ledger
 
+    async def _trust(self, ledger: Ledger) -> None:
+        # Before anything is handed out, and not after: what is out, and on its way to nobody, would never be settled.
+        if self._silent():
+            await self._beat(ledger)
+
     async def _beat(self, ledger: Ledger) -> None:
-        sent_s = self._clock.monotonic()
-        await ledger.beat()
+        sent_s, silent = self._clock.monotonic(), self._silent()
+        try:
+            await ledger.beat()
+            if silent:  # a member may have lost its partitions, and be one still
+                self._compare(ledger, await ledger.look())
+        except BrokerDown as error:
+            if self._ledger is ledger:
+                raise
+            raise LeaseLost(f"{ledger.name} has come to its end meanwhile") from error
         self._beat_s = sent_s
+
+    def _silent(self) -> bool:
+        return self._clock.monotonic() - self._beat_s > TRUST * self._subscription.lease_s
 
     def _end(self, ledger: Ledger, error: LeaseLost) -> None:
         if self._ledger is not ledger:

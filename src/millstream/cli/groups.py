@@ -166,7 +166,7 @@ async def _change_owner(broker: Broker, info: GroupInfo, new: str, plan: bool, y
     left = "an unknown number of events" if info.lag is None else show.many(info.lag + info.pending, "event")
     show.note(f"plan: {named} changes from app {info.owner or '-'} to {new}, with {left} that are not settled")
     if info.consumers:
-        show.note(f"{show.many(info.consumers, 'consumer')} of it run now, and go on until they are stopped")
+        show.note(f"{place.running(info)}, and will until stopped")
     if plan:
         return
     show.confirm(f"Give {named} to {new}?", yes=yes)

@@ -206,8 +206,10 @@ def _check(draft: Draft, key: str | None, data: bytes) -> None:
         _unfit(f"the key is over its limit of {MAX_KEY_BYTES:,} bytes; use a hash of it")
     if draft.headers and len(msgspec.json.encode(draft.headers)) > MAX_HEADERS_BYTES:
         _unfit(f"the headers are over their limit of {MAX_HEADERS_BYTES:,} bytes")
-    if draft.id and not (len(draft.id) <= MAX_ID_CHARS and draft.id.isascii() and draft.id.isprintable()):
-        _unfit(f"id {draft.id[:20]!r}: 1 to {MAX_ID_CHARS} printable ASCII characters")
+    if draft.id is not None and not (
+        0 < len(draft.id) <= MAX_ID_CHARS and draft.id.isascii() and draft.id.isprintable()
+    ):
+        _unfit(f"id {_head(draft.id)}: 1 to {MAX_ID_CHARS} printable ASCII characters; of what is longer, take a hash")
 
 
 def _from_words(cls: type, data: Mapping[str, Any]) -> Any:
@@ -242,6 +244,10 @@ def pair(word: str, kind: str) -> tuple[str, str]:
     if not equals or not name:
         raise Unfit(f"{word!r} is not a {kind}: write NAME=VALUE.")
     return name, value
+
+
+def _head(words: str) -> str:
+    return repr(words) if len(words) <= MAX_ID_CHARS else f"{words[:20]!r}… of {len(words):,} characters"
 
 
 def _unfit(message: str) -> NoReturn:

@@ -93,10 +93,15 @@ async def group_of(broker: Broker, stream: str, group: str) -> GroupInfo:
     return await target.find_group(broker, name)
 
 
+def running(info: GroupInfo) -> str:
+    """How many work for the group."""
+    return f"{show.many(info.consumers, 'consumer')} of it {'runs' if info.consumers == 1 else 'run'} now"
+
+
 def tell_consumers(info: GroupInfo) -> None:
     """Say who works for the group."""
     if info.consumers:
-        show.note(f"{show.many(info.consumers, 'consumer')} of it run now")
+        show.note(running(info))
 
 
 def check_alone(info: GroupInfo, live: bool) -> None:

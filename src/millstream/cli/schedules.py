@@ -65,7 +65,11 @@ async def _list(given: Given, output: Output) -> None:
     now_ms = meant.clock.now_ms()
     rows = [_fields(*known, declared.get(known), last.get(known), now_ms) for known in sorted(declared.keys() | last)]
     show.rows(rows, _COLUMNS, output)
-    if not rows:
+    if rows:
+        return
+    if meant.app is None:
+        show.note("No schedule has published here yet; --app shows also those that have not.")
+    else:
         show.note("There are no schedules: give App(…, include=[schedule('*/5 * * * *', Tick, to=ticks)]) one.")
 
 

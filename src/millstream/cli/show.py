@@ -198,6 +198,9 @@ def confirm(question: str, *, yes: bool) -> None:
     try:
         if not click.confirm(question, err=True):
             raise NotConfirmed("nothing was changed")
+    except click.Abort:
+        click.echo(err=True)  # the cursor stands behind the question
+        raise
     finally:
         signal.signal(signal.SIGINT, handler)
 

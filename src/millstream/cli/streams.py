@@ -7,20 +7,21 @@ from typing import Any, NamedTuple
 
 import click
 import msgspec
-from msgspec.structs import replace
 
 from millstream.app import App
 from millstream.brokers.base import Broker, GroupInfo, Policy, StreamInfo
 from millstream.cli import groups, place, show, target
 from millstream.cli.main import Given, Group, Mistake, Refused
 from millstream.cli.show import Column, Output
-from millstream.publisher import in_words, policy_of
+from millstream.publisher import differences, in_words, policy_of, settings, wanted
 from millstream.stream import Stream
 
 
 def _policy(fields: dict[str, Any]) -> str:
-    policy = Policy(**fields)
-    return show.NOTHING if policy == Policy() else in_words(policy)
+    """What was declared, and is not as without a declaration."""
+    usual = settings(Policy())
+    said = [f"{name} {value}" for name, value in settings(Policy(**fields)).items() if value != usual[name]]
+    return ", ".join(said) or show.NOTHING
 
 
 _COLUMNS = (
@@ -48,6 +49,12 @@ _LINES = (
     Column("size", "bytes", show.size),
     Column("first", "first_ms", show.moment),
     Column("last", "last_ms", show.moment),
+)
+_PLAN = (
+    Column("STREAM", "name", elastic=True),
+    Column("SETTING", "setting"),
+    Column("RECORDED", "recorded"),
+    Column("DECLARED", "declared"),
 )
 
 
@@ -126,7 +133,7 @@ async def _show(given: Given, name: str, output: Output) -> None:
     if output == "table" and consumers:
         click.echo()
         show.rows([groups.fields(group) for group in consumers], groups.COLUMNS, output)
-    if declared is not None and _wanted(declared, info.policy) != info.policy:
+    if declared is not None and wanted(declared, info.policy) != info.policy:
         show.note(f"the app declares another policy: `millstream stream apply {name}` shows and applies it")
 
 
@@ -150,12 +157,10 @@ async def _apply(given: Given, names: Sequence[str], exact: bool, plan: bool, ye
                 show.note(f"{declared.name} is not there yet: its first event makes it as it is declared")
                 continue
             info = known[declared.name]
-            policy = _wanted(declared, info.policy, exact=exact)
+            policy = policy_of(declared) if exact else wanted(declared, info.policy)
             if policy != info.policy:
                 changes.append(_Change(info, policy))
-                await _tell_change(broker, changes[-1], meant.clock.now_ms())
-        if not changes:
-            show.note("nothing to do: what is declared holds")
+        await _tell_plan(broker, changes, meant.clock.now_ms())
         if plan or not changes:
             return
         show.confirm(f"Apply this to {show.many(len(changes), 'stream')}?", yes=yes)
@@ -164,18 +169,31 @@ async def _apply(given: Given, names: Sequence[str], exact: bool, plan: bool, ye
             click.echo(f"{change.info.spec.name} has {in_words(change.policy)} now")
 
 
-async def _tell_change(broker: Broker, change: _Change, now_ms: int) -> None:
+async def _tell_plan(broker: Broker, changes: Sequence[_Change], now_ms: int) -> None:
+    if not changes:
+        show.note("nothing to do: what is declared holds")
+        return
+    show.note(f"plan: change {show.many(len(changes), 'stream')}")
+    lines = [
+        {"name": info.spec.name, "setting": setting, "recorded": before, "declared": after}
+        for info, policy in changes
+        for setting, (before, after) in differences(info.policy, policy).items()
+    ]
+    show.rows(lines, _PLAN, "table", err=True)
+    for change in changes:
+        await _tell_effect(broker, change, now_ms)
+
+
+async def _tell_effect(broker: Broker, change: _Change, now_ms: int) -> None:
     info, policy = change
     name = info.spec.name
-    show.note(f"plan: {name} has {in_words(info.policy)}")
-    show.note(f"      {name} gets {in_words(policy)}")
     excess = await _excess(broker, change, now_ms)
     if excess:
         then = "once their groups have settled them" if policy.keep else "and what groups have not settled is lost"
-        show.note(f"      about {excess:,} of its {show.many(info.events, 'event')} may go, {then}")
+        show.note(f"{name}: about {excess:,} of its {show.many(info.events, 'event')} may go, {then}")
     full = 0 < policy.ceiling_events <= info.events or 0 < policy.ceiling_bytes <= (info.bytes or 0)
     if full:
-        show.note(f"      {name} is over that ceiling now: publishing is refused until it is below")
+        show.note(f"{name} is over that ceiling now: publishing is refused until it is below")
 
 
 async def _excess(broker: Broker, change: _Change, now_ms: int) -> int:
@@ -204,7 +222,6 @@ async def _drop(given: Given, name: str, plan: bool, yes: bool) -> None:
         )
         for group in consumers:
             show.note(f"      group {group.group} of app {group.owner or show.NOTHING}: {_unfinished(group)}")
-            place.tell_consumers(group)
         if plan:
             return
         running = [group.group for group in consumers if group.consumers]
@@ -217,7 +234,8 @@ async def _drop(given: Given, name: str, plan: bool, yes: bool) -> None:
 
 def _unfinished(group: GroupInfo) -> str:
     lag = "an unknown number of events" if group.lag is None else show.many(group.lag, "event")
-    return f"{lag} before the end, {show.many(group.pending, 'pending event')}, {show.many(group.dead, 'dead letter')}"
+    left = f"{lag} before the end, {show.many(group.pending, 'pending event')}, {show.many(group.dead, 'dead letter')}"
+    return f"{left}; {place.running(group)}" if group.consumers else left
 
 
 def _chosen(app: App, names: Sequence[str]) -> list[Stream[Any]]:
@@ -226,19 +244,6 @@ def _chosen(app: App, names: Sequence[str]) -> list[Stream[Any]]:
     if unknown:
         raise Mistake(f"{app.name} has no stream {unknown[0]!r}; it has: {', '.join(sorted(declared)) or 'none'}.")
     return [found for name, found in sorted(declared.items()) if not names or name in names]
-
-
-def _wanted(declared: Stream[Any], recorded: Policy, *, exact: bool = False) -> Policy:
-    """What shall hold: the declaration, and where it says nothing, what is recorded."""
-    asked = policy_of(declared)
-    if exact:
-        return asked
-    silent = {
-        name: getattr(recorded, name)
-        for name in Policy.__struct_fields__
-        if (declared.dedupe if name.startswith("dedupe_") else declared.retention) is None
-    }
-    return replace(asked, **silent)
 
 
 def fields(info: StreamInfo) -> dict[str, Any]:

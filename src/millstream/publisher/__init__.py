@@ -1,7 +1,7 @@
 """Publishing: an event becomes a record, and records become few large writes, tried again while there is patience."""
 
 from millstream.publisher.client import Client, delayed, named, start_at
-from millstream.publisher.declared import check_confirm, in_words, policy_of, spec_of
+from millstream.publisher.declared import check_confirm, differences, in_words, policy_of, settings, spec_of, wanted
 from millstream.publisher.publisher import Publisher
 from millstream.publisher.records import due_ms
 
@@ -10,10 +10,13 @@ __all__ = [
     "Publisher",
     "check_confirm",
     "delayed",
+    "differences",
     "due_ms",
     "in_words",
     "named",
     "policy_of",
+    "settings",
     "spec_of",
     "start_at",
+    "wanted",
 ]

@@ -8,17 +8,18 @@ from msgspec.structs import replace
 
 from millstream.brokers.base import Broker, Confirm, Policy, StreamSpec
 from millstream.errors import BadSetting, NotSupported
-from millstream.stream import Stream
+from millstream.stream import NEVER, Stream
 from millstream.telemetry import logger
 from millstream.units import seconds, size_bytes
 from millstream.wire import codec
 
-_DEDUPE = ("dedupe_ms", "dedupe_ids")
 _CONFIRMS = get_args(Confirm)
 _NEEDS = {
     "fsync": "a disk that is written before the answer (Redis: appendonly yes, from 7.2 on; SQLite: a file)",
     "replicated": "a server with a replica that is connected",
 }
+NOTHING = "-"
+"""A setting that says nothing, for people."""
 _SPANS_MS = {"d": 86_400_000, "h": 3_600_000, "m": 60_000, "s": 1_000, "ms": 1}
 _SIZES = {"GB": 1_073_741_824, "MB": 1_048_576, "KB": 1_024, "B": 1}
 
@@ -59,10 +60,19 @@ async def declare(broker: Broker, stream: Stream[Any]) -> Policy:
             f"{broker.url} cannot do what stream {stream.name!r} asks for with {lacking[0]}=: leave it out, or use "
             "another broker"
         )
-    asked = policy_of(stream)
-    recorded = await broker.declare(spec_of(stream), asked)
-    _compare(stream, asked, recorded, broker.url)
+    recorded = await broker.declare(spec_of(stream), policy_of(stream))
+    _compare(stream, recorded, broker.url)
     return recorded
+
+
+def wanted(stream: Stream[Any], recorded: Policy) -> Policy:
+    """What shall hold: the declaration, and where it says nothing, what is recorded."""
+    silent = {
+        name: getattr(recorded, name)
+        for name in Policy.__struct_fields__
+        if (stream.dedupe if name.startswith("dedupe_") else stream.retention) is None
+    }
+    return replace(policy_of(stream), **silent)
 
 
 def check_confirm(broker: Broker, confirm: Confirm, about: str) -> None:
@@ -82,20 +92,43 @@ def in_words(policy: Policy) -> str:
     return f"{_dedupe(policy)}, {_retention(policy)}"
 
 
-def _compare(stream: Stream[Any], asked: Policy, recorded: Policy, url: str) -> None:
+def settings(policy: Policy) -> dict[str, str]:
+    """Each setting by the name under which it is declared, for people; `NOTHING` where it says nothing."""
+    ceiling = f"{policy.ceiling_events:,} events" if policy.ceiling_events else _size(policy.ceiling_bytes)
+    return {
+        "dedupe": f"{_span(policy.dedupe_ms)}, {policy.dedupe_ids:,} ids" if policy.dedupe_ms else NOTHING,
+        "age": _span(policy.age_ms) if policy.age_ms else NOTHING,
+        "events": f"{policy.events:,}" if policy.events else NOTHING,
+        "bytes": _size(policy.bytes),
+        "ceiling": ceiling,
+        "unread": "keep" if policy.keep else "drop",
+        "forget": _span(policy.forget_ms) if policy.forget_ms else NEVER,
+    }
+
+
+def differences(recorded: Policy, asked: Policy) -> dict[str, tuple[str, str]]:
+    """The settings in which they differ, with the value of each."""
+    after = settings(asked)
+    return {name: (value, after[name]) for name, value in settings(recorded).items() if value != after[name]}
+
+
+def _compare(stream: Stream[Any], recorded: Policy, url: str) -> None:
     """Say what else is recorded than was asked for. What the declaration is silent about may be anything."""
-    fields = [field for field in Policy.__struct_fields__ if stream.dedupe if field in _DEDUPE]
-    fields += [field for field in Policy.__struct_fields__ if stream.retention if field not in _DEDUPE]
-    if any(getattr(asked, field) != getattr(recorded, field) for field in fields):
+    found = differences(recorded, wanted(stream, recorded))
+    if found:
         logger.warning(
             "stream %r on %s is recorded with %s; here it is declared with %s. What is recorded holds; "
             "`millstream stream apply %s` changes it",
             stream.name,
             url,
-            in_words(recorded),
-            in_words(asked),
+            ", ".join(_setting(name, before) for name, (before, _) in found.items()),
+            ", ".join(_setting(name, after) for name, (_, after) in found.items()),
             stream.name,
         )
+
+
+def _setting(name: str, value: str) -> str:
+    return f"no {name}" if value == NOTHING else f"{name} {value}"
 
 
 def _dedupe(policy: Policy) -> str:
@@ -126,5 +159,7 @@ def _span(ms: int) -> str:
 
 
 def _size(bytes_: int) -> str:
+    if not bytes_:
+        return NOTHING
     unit = next(unit for unit, length in _SIZES.items() if bytes_ % length == 0)
     return f"{bytes_ // _SIZES[unit]:,}{unit}"

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from millstream.brokers.base import Broker, Confirm, Output, Policy, Position, R
 from millstream.clock import Clock
 from millstream.delivery import Delivery, Envelope
 from millstream.errors import BadEvent, BrokerError, MillstreamError, NotSupported, TooLarge, Unconfirmed, Unroutable
-from millstream.publisher.declared import check_confirm, declare
+from millstream.publisher.declared import check_confirm, declare, policy_of, spec_of
 from millstream.publisher.records import Records, Repeat, derived_id
 from millstream.publisher.writer import Writer, repeatable_ms
 from millstream.settings import Settings
@@ -59,7 +60,7 @@ class Publisher:
         self._telemetry = telemetry
         self._records = Records(streams, source=source, broker=broker, clock=clock)
         self.policies: dict[str, Policy] = {}
-        """What holds for each stream that is declared, as it was then."""
+        """What holds for each stream that is declared, as it was then, or when something of it was last in doubt."""
         self._writers: dict[tuple[str, Confirm], Writer] = {}
         self._warned: set[str] = set()
         self._tasks: asyncio.TaskGroup | None = None
@@ -187,11 +188,11 @@ class Publisher:
         raise incomplete from cause
 
     async def _new_writer(self, stream: Stream[Any], confirm: Confirm | None) -> Writer:
-        if self._tasks is None:
-            raise MillstreamError("the app is not open: publish inside `async with app:` or `async with app.worker():`")
+        self._open_tasks()
         if confirm is not None:
             check_confirm(self._broker, confirm, f"publishing to {stream.name!r}")
         policy = await self.declare(stream)
+        tasks = self._open_tasks()  # it may have been closed meanwhile
         level = confirm or stream.confirm
         writer = self._writers.get((stream.name, level))
         if writer is None:
@@ -199,13 +200,24 @@ class Publisher:
                 stream.name,
                 level,
                 policy,
+                partial(self._recorded, stream),
                 broker=self._broker,
                 settings=self._settings,
                 clock=self._clock,
                 telemetry=self._telemetry,
             )
-            self._tasks.create_task(writer.run(), name=f"millstream writer of {stream.name}")
+            tasks.create_task(writer.run(), name=f"millstream writer of {stream.name}")
         return writer
+
+    async def _recorded(self, stream: Stream[Any]) -> Policy:
+        """What holds for a stream now: it may have been changed since it was declared."""
+        self.policies[stream.name] = await self._broker.declare(spec_of(stream), policy_of(stream))
+        return self.policies[stream.name]
+
+    def _open_tasks(self) -> asyncio.TaskGroup:
+        if self._tasks is None:
+            raise MillstreamError("the app is not open: publish inside `async with app:` or `async with app.worker():`")
+        return self._tasks
 
     def _doubt(self, error: Unconfirmed, stream: str, again: Sequence[Repeat]) -> None:
         """Complete an error with what to publish again, and until when a repeat is told from a second event."""

@@ -149,6 +149,8 @@ def derived_id(*words: str) -> str:
 
 
 def _checked_id(id_: str) -> str:
+    if not isinstance(id_, str):
+        raise BadEvent(f"id {id_!r} is not text: write str(…)")
     if len(id_) > MAX_ID_CHARS:
         raise TooLarge(
             f"id {id_[:20]!r}… has {len(id_)} characters, over the limit of {MAX_ID_CHARS}; use a hash of it"

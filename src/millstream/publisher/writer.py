@@ -8,7 +8,8 @@
                         └──────────────────────── tried again, everything behind it waits: the order stays
 
 A write that is tried again says the same with the same ids, so on a stream that remembers ids it cannot be stored twice,
-as long as it still remembers them. Without that, what is in doubt is told at once. Each record has its own patience,
+as long as it still remembers them; which is asked before, since somebody may have changed it. Without that, what is in
+doubt is told at once. Each record has its own patience,
 counted from the call that published it; what was in doubt once stays so until it is stored. Cancelling a call takes its
 record out of the next try. A stream that fails holds up no other one: each has its own writer.
 """
@@ -16,7 +17,7 @@ record out of the next try. A stream that fails holds up no other one: each has 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from msgspec import Struct
@@ -72,6 +73,7 @@ class Writer:
         stream: str,
         confirm: Confirm,
         policy: Policy,
+        recorded: Callable[[], Awaitable[Policy]],
         *,
         broker: Broker,
         settings: Settings,
@@ -82,7 +84,8 @@ class Writer:
         self._confirm = confirm
         self._broker = broker
         self._patience_s = settings.publish_patience_s
-        self._doubt_s = min(self._patience_s, repeatable_ms(policy) / 1000)
+        self._doubt_s = self._repeatable_s(policy)
+        self._recorded = recorded
         self._max_buffered = settings.max_buffered
         self._clock = clock
         self._telemetry = telemetry
@@ -163,8 +166,24 @@ class Writer:
         while items := self._unanswered(items, results):
             await self._pause(tries, items)
             items = [item for item in items if not item.gone]
-            results = await self._tried([item.record for item in items]) if items else []
+            results = await self._tried_again(items) if items else []
             tries += 1
+
+    async def _tried_again(self, items: Sequence[_Item]) -> Sequence[Position | Exception]:
+        """One more try; not of what is in doubt where the stream remembers ids no more, or not for long enough."""
+        shorter = False
+        if any(item.doubtful for item in items):
+            before_s = self._doubt_s
+            try:
+                self._doubt_s = self._repeatable_s(await self._recorded())
+            except Exception as error:
+                return [error] * len(items)
+            shorter = self._doubt_s < before_s
+        now_s = self._clock.monotonic()
+        safe = [not (shorter and item.doubtful and now_s >= self._until_s(item)) for item in items]
+        again = [item.record for item, is_safe in zip(items, safe, strict=True) if is_safe]
+        tried = iter(await self._tried(again) if again else [])
+        return [next(tried) if is_safe else item.result for item, is_safe in zip(items, safe, strict=True)]
 
     def _unanswered(self, items: Sequence[_Item], results: Sequence[Position | Exception]) -> list[_Item]:
         now_s = self._clock.monotonic()
@@ -186,6 +205,9 @@ class Writer:
         if not isinstance(error, BrokerDown | BrokerFull | Unconfirmed) or self._stopping.is_set() or item.gone:
             return False
         return now_s < self._until_s(item)
+
+    def _repeatable_s(self, policy: Policy) -> float:
+        return min(self._patience_s, repeatable_ms(policy) / 1000)
 
     def _until_s(self, item: _Item) -> float:
         return item.since_s + (self._doubt_s if item.doubtful else self._patience_s)

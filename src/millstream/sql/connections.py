@@ -128,8 +128,7 @@ def dialect_of(connection: Any) -> Dialect:
     """The SQL that the database speaks. Raises `NotSupported` for any but SQLite's and PostgreSQL's."""
     kind = kind_of(connection)
     if kind == "sqlalchemy":
-        bind = connection if hasattr(connection, "dialect") else connection.get_bind()
-        name = str(bind.dialect.name)
+        name = str(_bind_of(connection).dialect.name)
     elif kind == "dbapi":  # Django tells it
         name = str(getattr(connection, "vendor", "postgresql"))
     else:
@@ -149,7 +148,7 @@ def checked_dialect(name: str) -> Dialect:
 def check_in_transaction(connection: Any) -> None:
     """Raise `MillstreamError` where each statement would be committed by itself, and not with what the user writes.
 
-    SQLAlchemy begins a transaction by itself.
+    SQLAlchemy begins a transaction by itself, unless its isolation level is AUTOCOMMIT.
     """
     if _is_outside(connection):
         raise MillstreamError(
@@ -160,6 +159,11 @@ def check_in_transaction(connection: Any) -> None:
 
 def _is_outside(connection: Any) -> bool:
     match kind_of(connection):
+        case "sqlalchemy":
+            bind = _bind_of(connection)
+            asked = bind.get_execution_options().get("isolation_level")
+            # For all of an engine's connections it is noted in its dialect; there is no public word for that.
+            return (asked or getattr(bind.dialect, "_on_connect_isolation_level", None)) == "AUTOCOMMIT"
         case "asyncpg":
             return not connection.is_in_transaction()
         case "psycopg":
@@ -171,6 +175,12 @@ def _is_outside(connection: Any) -> bool:
             ask = getattr(connection, "get_autocommit", None)  # Django's, whose attribute lies before it has connected
             return bool(ask() if ask else getattr(connection, "autocommit", False))
     return False
+
+
+def _bind_of(connection: Any) -> Any:
+    """The engine or connection of SQLAlchemy that a session, or a connection, speaks through."""
+    bind = connection if hasattr(connection, "dialect") else connection.get_bind()
+    return getattr(bind, "sync_connection", None) or bind
 
 
 def _say(connection: Any, statement: Statement) -> list[Row]:

@@ -156,17 +156,17 @@ class _Run:
         self._looked: dict[str, tuple[float, int]] = {}
 
     async def open(self) -> None:
-        """Connect, and see that the tables are there. Raises `MillstreamError` when not."""
+        """Connect, and see that the tables are there. Raises `BadSetting` when not."""
         try:
             self._link = await Link.open(self._connect, self._threads, self._clock)
             for stream in self._streams:
                 await self._link.transact(_rows(Statement(tables.READY, {"stream": stream})))
                 await self._link.transact(_prepare(stream))
-        except MillstreamError:
-            raise
-        except Exception as error:
+        except BaseException as error:
             await self._hang_up()
-            raise MillstreamError(
+            if isinstance(error, MillstreamError) or not isinstance(error, Exception):
+                raise
+            raise BadSetting(
                 f"the outbox cannot be used: {error}. Is the database there, and were the tables made, with "
                 "`outbox.create(connection)` or a migration with `outbox.ddl(dialect)`?"
             ) from error

@@ -78,7 +78,9 @@ SHARD: Final = (
     "INSERT INTO millstream_relay (stream, shard) VALUES (:stream, :shard) ON CONFLICT (stream, shard) DO NOTHING"
 )
 
-READY: Final = "SELECT 1 FROM millstream_outbox WHERE stream = :stream AND aside = 0 LIMIT 1"
+# In the order of the index, so that PostgreSQL takes that: else it takes the table for full of what is asked for, and reads
+# past all that is not there any more.
+READY: Final = "SELECT 1 FROM millstream_outbox WHERE stream = :stream AND aside = 0 ORDER BY shard, seq LIMIT 1"
 
 # What others leave alone for now, the one that was served longest ago first. Those who look at the same moment get
 # different ones; on SQLite there is one at a time.

@@ -3,7 +3,8 @@
 Every process has one, and each does the same for all streams of the app: what must be done once, the broker does once,
 whoever asks. So nobody is elected, and nothing waits for a process that died.
 
-    a round of a stream ──► it did something? another round at once, after the other streams
+    a round of a stream ──► it published? another round at once, after the other streams
+                        ├─► it trimmed? another one in a moment, which leaves the broker to others meanwhile
                         └─► else when the next event is due, and at the latest after half a second
 
 Housekeeping may fail for as long as it likes: it complains, and tries again. Handlers go on meanwhile.
@@ -12,6 +13,7 @@ Housekeeping may fail for as long as it likes: it complains, and tries again. Ha
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterable
 
 from millstream.brokers.base import Broker, Tended
@@ -30,10 +32,14 @@ from millstream.telemetry import (
 
 DELAYED_S = 0.5  # an event that is due soon may have been published by anybody: so late it comes at most
 OTHERWISE_S = 5.0
+TRIMMING_S = (
+    0.04  # while events keep coming there is always something to trim: a few rounds a second, not all there can be
+)
 LONGEST_PAUSE_S = 5.0  # so late the first delayed event comes after the broker is back
 NEAR_FULL = 0.8  # of the ceiling: leaves time to act
 CALM = 0.75  # below it the next alarm is a new one; without a gap, a stream at the edge would ring all the time
 REMIND_S = 60.0
+LOST_S = 1.0  # a group that is always behind loses something in every round: one log line tells of all of a second
 
 
 class Janitor:
@@ -96,6 +102,8 @@ class _House:
         self._forgotten: frozenset[str] = frozenset()
         self._alarmed = False
         self._reminded_s = 0.0
+        self._lost: Counter[str] = Counter()
+        self._next_lost_s = 0.0
 
     def failed(self, error: Exception) -> None:
         """Tell, and come back later, each time after a longer pause."""
@@ -114,8 +122,10 @@ class _House:
         self._tell_filling(tended)
         now_s = self._clock.monotonic()
         self.next_s = now_s + pace_s
-        if tended.published or tended.trimmed:
+        if tended.published:
             self.next_s = now_s
+        elif tended.trimmed:
+            self.next_s = now_s + TRIMMING_S
         elif tended.due_ms is not None:
             away_s = (tended.due_ms - self._clock.now_ms()) / 1000
             if away_s > 0:  # one that is past cannot be published now: the stream is full, or the server's clock behind
@@ -127,12 +137,19 @@ class _House:
                 self._telemetry.emit(name, stream=self.stream, count=count)
         for group, count in tended.lost.items():
             self._telemetry.emit(EVENTS_LOST, group=group, stream=self.stream, count=count)
+            self._lost[group] += count
+        now_s = self._clock.monotonic()
+        if not self._lost or now_s < self._next_lost_s:
+            return
+        for group, count in self._lost.items():
             logger.warning(
                 "group %s lost %d events of stream %s: they were gone before it had settled them",
                 group,
                 count,
                 self.stream,
             )
+        self._lost.clear()
+        self._next_lost_s = now_s + LOST_S
 
     def _tell_groups(self, tended: Tended) -> None:
         """Each group once, until it was alive again."""

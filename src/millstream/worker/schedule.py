@@ -10,7 +10,8 @@ leader, no lease, and no message between them. What a process does not know (its
 again, and is told that it was there already.
 
 A slot is *missed* when it is more than ten seconds old before anybody comes to it, since no process ran, or a clock jumped.
-A slot that a process was there for is not: it is stored when the broker takes it, however long that is.
+A slot that a process has come to in time is not: it is stored when the broker takes it, however long that is. Those that
+fall due until then are.
 
 The clocks of the processes are believed. One that is fast publishes early, for all of them: the earliest clock decides.
 One that is set back waits until it is past the last slot again, so nothing comes twice.
@@ -187,7 +188,7 @@ class _Keeping:
         schedule, now_ms = self._schedule, self._clock.now_ms()  # before we ask: what falls due meanwhile is to come
         self._last_ms = await self._stored_ms()
         if not self._last_ms:
-            await self._store(next(schedule.timetable.back(now_ms), now_ms), None)
+            await self._store(_latest(schedule.timetable, now_ms), None)
         elif self._last_ms > now_ms + AHEAD_MS:
             logger.warning(
                 "schedule %s has come to %s already, which lies ahead: a clock was fast. Nothing is published before then; "
@@ -290,6 +291,13 @@ class _Keeping:
     def _tell(self, name: str, **measurements: Any) -> None:
         schedule = self._schedule
         self._runtime.telemetry.emit(name, schedule=schedule.name, stream=schedule.stream.name, **measurements)
+
+
+def _latest(timetable: Timetable, now_ms: int) -> int:
+    """The latest slot that is due: none behind it is."""
+    at_ms = next(timetable.back(now_ms), now_ms)
+    # Within an hour that comes twice, going back misses the slots of its first time.
+    return max(takewhile(lambda later_ms: later_ms <= now_ms, timetable.slots(at_ms)), default=at_ms)
 
 
 class _Cron:

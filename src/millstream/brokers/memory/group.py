@@ -178,7 +178,7 @@ class Group:
     def take_letter(self, ref: str, now_ms: int, *, replay: bool) -> bool:
         """Remove a dead letter, to forget it or to let its event wait as a new one; False when it is gone."""
         letter = self.dead.take(ref, replay=replay)
-        if letter is not None and replay:
+        if letter is not None and replay and not self._comes(letter.stored.position):
             self._give(letter.stored, now_ms)
         return letter is not None
 
@@ -245,12 +245,12 @@ class Group:
         pending.attempt += 1
         return Claim(pending.stored, pending.attempt, pending.suspect, pending.postponed)
 
+    def _comes(self, position: Position) -> bool:
+        """True for what comes by itself, as what had died may after a seek: it is not to come twice."""
+        return position in self.pending or int(position.offset) > self.cursor[position.partition]
+
     def _is_settled(self, position: Position) -> bool:
-        ordinal = int(position.offset)
-        return (
-            position not in self.pending
-            and self.log.gone[position.partition] < ordinal <= self.cursor[position.partition]
-        )
+        return not self._comes(position) and int(position.offset) > self.log.gone[position.partition]
 
     def _is_gone(self, pending: Pending) -> bool:
         position = pending.stored.position

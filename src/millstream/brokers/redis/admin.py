@@ -138,8 +138,12 @@ class RedisAdmin:
         """Make another app the owner of a group; it keeps its place. Members of the former owner stay until they leave."""
         await self._info(stream, group)
         link, keys = await self._broker.control(), self._broker.keys(stream)
+        seconds, micros = await link.call("TIME")
+        now_ms = int(seconds) * 1000 + int(micros) // 1000
         for partition in range(len(keys.logs)):
-            await link.call("HSET", keys.meta(partition), f"owner:{group}", owner)
+            # The new owner is not here yet: what was known of the former one is no reason to trim the group's events away.
+            fields = f"owner:{group}", owner, f"entered:{group}", now_ms
+            await link.call("HSET", keys.meta(partition), *fields)
 
     async def keys(self, stream: str, group: str, limit: int = 100) -> list[ParkedKey]:
         """The keys that wait, those that were parked first first."""

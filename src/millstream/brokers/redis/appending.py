@@ -63,11 +63,15 @@ class Known:
         self._apply(policy, now)
 
     @property
-    def limits(self) -> tuple[int, int, int, int]:
-        """The policy as `store.lua` takes it: dedupe ms, dedupe ids, ceiling of a partition, whether it is a size."""
+    def counted(self) -> tuple[bytes, ...]:
+        """The logs whose events count toward the ceiling: all of the stream, or none without one."""
+        return self.keys.logs if self.policy.ceiling_events or self.policy.ceiling_bytes else ()
+
+    def limits(self, logs: int) -> tuple[int, ...]:
+        """The policy as `store.lua` takes it; `logs` is where `counted` begins among the keys."""
         policy = self.policy
-        share = -(-policy.ceiling_events // self.spec.partitions)
-        return policy.dedupe_ms, policy.dedupe_ids, share, int(policy.ceiling_bytes > 0)
+        ceiling = policy.ceiling_events, int(policy.ceiling_bytes > 0)
+        return policy.dedupe_ms, policy.dedupe_ids, *ceiling, logs, len(self.counted)
 
     def log(self, partition: int) -> bytes:
         """The events of a partition. Raises `BrokerRefused` when there is none of this number."""
@@ -120,14 +124,18 @@ class Known:
         self._layouts[record.partition, record.type, record.source] = layout
         return layout
 
+    def learn(self, policy: bytes | None, pinned_by: bytes | None, now: float) -> None:
+        """Take in what stands with the stream. Raises `BrokerRefused` when nobody can read it."""
+        self.pinned_by = (pinned_by or b"").decode()
+        self._apply(read_policy(self.spec.name, policy) if policy else self.policy, now)
+
     def _learn(self, replies: list[list[bytes | None]], now: float) -> None:
         self._asking = False
         if replies and isinstance(
             replies[0], list
         ):  # else the link was lost, or refused it: the next append asks again
             policy, pinned_by = replies[0]
-            self.pinned_by = (pinned_by or b"").decode()
-            self._apply(read_policy(self.spec.name, policy) if policy else self.policy, now)
+            self.learn(policy, pinned_by, now)
 
     def _apply(self, policy: Policy, now: float) -> None:
         self.policy = policy
@@ -172,8 +180,8 @@ async def append_slot(link: Link, known: Known, slot: Slot, record: Record | Non
     """Store the event of one slot of a schedule, and that it was. Raises as `append`."""
     partition = 0 if record is None else record.partition
     known.log(partition)
-    keys = known.keys.slots, *known.keys.store(partition)
-    args: list[Argument] = [slot.schedule, slot.at_ms, *known.limits]
+    keys = known.keys.slots, *known.keys.store(partition), *known.counted
+    args: list[Argument] = [slot.schedule, slot.at_ms, *known.limits(8)]
     if record is not None:
         args += _words(record)
     try:
@@ -254,8 +262,9 @@ async def _run(link: Link, known: Known, records: Sequence[Record], start: int, 
         parts.setdefault(record.partition, []).append(index)
     calls: list[tuple[Argument, ...]] = []
     for partition, indexes in parts.items():
-        keys, words = known.keys.store(partition), [word for index in indexes for word in _words(chunk[index])]
-        calls.append((len(keys), *keys, *known.limits, *words))
+        keys = *known.keys.store(partition), *known.counted
+        words = [word for index in indexes for word in _words(chunk[index])]
+        calls.append((len(keys), *keys, *known.limits(7), *words))
     script = scripts["append"]
     answer = await _call(link, "EVALSHA", script.sha, calls, level)
     if answer.error is not None:

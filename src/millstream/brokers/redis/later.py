@@ -26,8 +26,10 @@ async def ripen(broker: RedisBroker, known: Known) -> tuple[int, int | None]:
     published, due = 0, dict[int, int]()
     waiting = list(range(known.spec.partitions))
     for _ in range(MAX_CALLS):
-        args = MAX_SCRIPT_RECORDS, MAX_SCRIPT_BYTES, *known.limits
-        replies = await link.run_each(scripts["ripen"], [(known.keys.store(p), args) for p in waiting])
+        args = MAX_SCRIPT_RECORDS, MAX_SCRIPT_BYTES, *known.limits(7)
+        replies = await link.run_each(
+            scripts["ripen"], [((*known.keys.store(p), *known.counted), args) for p in waiting]
+        )
         more: list[int] = []
         for partition, reply in zip(waiting, replies, strict=True):
             if isinstance(reply, ReplyError):

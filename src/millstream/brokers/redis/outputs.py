@@ -75,6 +75,7 @@ class Staged:
         self._targets = targets
         self._keys_before = keys_before
         self._placed: dict[tuple[str, int], tuple[int, ...]] = {}
+        self._logs: dict[str, int] = {}
 
     def add(self, output: Output) -> tuple[int | str | bool, ...]:
         """The words for one more."""
@@ -83,12 +84,21 @@ class Staged:
         placed = self._placed.get(target)
         if placed is None:
             known = self._targets.known(output)
-            placed = self._placed[target] = self._keys_before + len(self.keys) + 1, *known.limits
+            first = self._keys_before + len(self.keys) + 1
             self.keys += known.keys.store(record.partition)
+            placed = self._placed[target] = first, *known.limits(self._counted(known))
         blob = len(self._blobs) + 1
         self._blobs += entry.write(record)[1::2]
         due = "" if record.due_ms is None else str(record.due_ms)  # scripts write a large number with an exponent
         return *placed, due, output.derived, blob
+
+    def _counted(self, known: Known) -> int:
+        """Where the logs of a stream with a ceiling begin among the keys: once for all its partitions."""
+        place = self._logs.get(known.spec.name)
+        if place is None:
+            place = self._logs[known.spec.name] = self._keys_before + len(self.keys) + 1
+            self.keys += known.counted
+        return place
 
 
 def fitting(events: Sequence[Sequence[Output]]) -> int:

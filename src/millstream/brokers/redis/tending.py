@@ -2,9 +2,12 @@
 
 Any process does so, at any time. Each step of one partition is one script, which looks at the groups and removes in the same
 moment, so several at once do no harm. Beforehand only that is found out which may be a little old: how many events the other
-partitions have, how large events are, when somebody was last seen in a group, and what the dead letters need. A round costs
-the server about 0.1 ms a partition; so that many processes do not add up, who comes right after another tells what that
-one has found, and only publishes what is due.
+partitions have, how large events are, when somebody was last seen in a group, and what the dead letters need.
+
+Mostly there is nothing to do, and that one write tells: what is due next, and how long each log is. A round costs the server
+about 0.1 ms a partition; so that many processes do not add up, who comes right after another tells what that one has found,
+and only publishes what is due. A stream that asks for nothing has a round every few seconds, and one when its log is shorter
+than it was: then somebody else has trimmed it.
 
 Redis removes whole nodes of a log, of up to a hundred events: so many may stay beyond what was asked for.
 """
@@ -12,7 +15,7 @@ Redis removes whole nodes of a log, of up to a hundred events: so many may stay 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -21,7 +24,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from millstream.brokers.base import Policy, Tended
-from millstream.brokers.redis.appending import Known, read_policy
+from millstream.brokers.redis.appending import Known
 from millstream.brokers.redis.joining import SILENCE_MS
 from millstream.brokers.redis.later import ripen
 from millstream.brokers.redis.link import Link
@@ -38,7 +41,10 @@ MAX_REMOVED = 10_000  # events in one step: about 1 ms of the server's time
 MAX_REMOVED_BYTES = 67_108_864  # to free large ones takes longer
 MAX_BODIES_BYTES = 1_048_576  # of events that a step looks at to tell whether they are needed
 REST = 10  # times as long as a round took nobody else begins one: all processes together cost as much as one
+PLAIN_S = 5.0  # how often a stream that asks for nothing has a round
+AT_ONCE = 8  # partitions in one write, or the server would do nothing else meanwhile
 NODE_EVENTS = 100  # `stream-node-max-entries`
+BLANK_BYTES = 4_736  # of a log with one small event: its node is made as large as it may become
 
 
 class Part(NamedTuple):
@@ -48,6 +54,8 @@ class Part(NamedTuple):
     size_bytes: int
     first: str
     """The id of its first event."""
+    entry_bytes: int
+    """The size of its first and its last event, on average."""
     groups: Sequence[str]
     meta: Mapping[str, bytes]
 
@@ -81,11 +89,27 @@ class Found(Struct, frozen=True):
     """What a round has found, kept with the stream: others need not look again at once."""
 
     by: str = ""
+    at_ms: int = 0
     until_ms: int = 0
+    plain: bool = False
+    """The policy asked for nothing."""
     fading: Mapping[str, int] = {}
     forgotten: frozenset[str] = frozenset()
     fullness: float = 0.0
     pinned_by: str = ""
+
+
+class Glance(NamedTuple):
+    """What one write tells about a stream."""
+
+    now_ms: int
+    policy: Policy
+    declared: bool
+    found: Found
+    due_ms: int | None
+    """When the next event for later is due."""
+    lengths: Sequence[int]
+    """How many events each partition has."""
 
 
 class Tending:
@@ -95,39 +119,76 @@ class Tending:
         self._broker = broker
         self._name = broker.clock.nonce()
         self._sources: dict[bytes, Sources] = {}
+        self._lengths: dict[str, Sequence[int]] = {}
 
     async def tend(self, stream: str) -> Tended:
         """One round."""
         link = await self._broker.control()
         known = await self._broker.known(stream, link)
-        published, due_ms = await ripen(self._broker, known)
-        meta = known.keys.stream_meta
-        time, (text, left) = _good(link, await link.calls([("TIME",), ("HMGET", meta, "policy", "tended")]))
-        now_ms, begun = _ms(time), self._broker.clock.monotonic()
-        found = _found(left)
-        if found.by in ("", self._name) or found.until_ms <= now_ms:
-            tended, fullness = await self._round(link, known, read_policy(stream, text), now_ms)
-            until_ms = now_ms + int((self._broker.clock.monotonic() - begun) * 1000 * (1 + REST))
-            found = Found(self._name, until_ms, tended.fading, tended.forgotten, fullness, tended.pinned_by)
-            told = "pinned_by", found.pinned_by, "tended", msgspec.json.encode(found)
-            await link.calls([("HSET", meta, *told)])  # may be refused at maxmemory: what had to be done is done
-        else:
-            tended = Tended()
+        glance = await self._glance(link, known)
+        shrunk = any(now < before for now, before in zip(glance.lengths, self._lengths.get(stream, ()), strict=False))
+        self._lengths[stream] = glance.lengths
+        todo = self._todo(glance, shrunk)
+        published, due_ms, found, tended = 0, glance.due_ms, glance.found, Tended()
+        if todo or (due_ms is not None and due_ms <= glance.now_ms):
+            published, due_ms = await ripen(self._broker, known)
+        if todo:
+            tended, found = await self._kept(link, known, glance)
         known.pinned_by = found.pinned_by
         state = {name: getattr(found, name) for name in ("fading", "forgotten", "fullness", "pinned_by")}
         return replace(tended, published=published, due_ms=due_ms, **state)
 
+    async def _glance(self, link: Link, known: Known) -> Glance:
+        keys, partitions = known.keys, range(known.spec.partitions)
+        fields = "policy", "pinned_by", "partitions", "tended"
+        asked: list[tuple[Any, ...]] = [("TIME",), ("HMGET", keys.stream_meta, *fields)]
+        asked += [("ZRANGE", keys.later(p), 0, 0, "WITHSCORES") for p in partitions]
+        time, (policy, pinned_by, declared, left), *rest = await link.calls(
+            [*asked, *(("XLEN", log) for log in keys.logs)]
+        )
+        first, lengths = _good(link, rest[: len(partitions)]), rest[len(partitions) :]
+        known.learn(policy, pinned_by, self._broker.clock.monotonic())
+        due_ms = [int(float(found[1])) for found in first if found]
+        return Glance(
+            _ms(time),
+            known.policy,
+            bool(declared),
+            _found(left),
+            min(due_ms, default=None),
+            [0 if isinstance(length, ReplyError) else length for length in lengths],
+        )
+
+    def _todo(self, glance: Glance, shrunk: bool) -> bool:
+        found, plain = glance.found, _plain(glance.policy)
+        if found.plain != plain or not found.at_ms <= glance.now_ms < found.until_ms:  # a clock may go back
+            return True
+        return shrunk if plain else found.by == self._name
+
+    async def _kept(self, link: Link, known: Known, glance: Glance) -> tuple[Tended, Found]:
+        begun = self._broker.clock.monotonic()
+        tended, fullness = await self._round(link, known, glance.policy, glance.now_ms)
+        plain = _plain(glance.policy)
+        rest_s = PLAIN_S if plain else (self._broker.clock.monotonic() - begun) * (1 + REST)
+        state = tended.fading, tended.forgotten, fullness, tended.pinned_by
+        found = Found(self._name, glance.now_ms, glance.now_ms + int(rest_s * 1000), plain, *state)
+        if glance.declared:  # else it was discarded meanwhile
+            told = "pinned_by", found.pinned_by, "tended", msgspec.json.encode(found)
+            await link.calls([("HSET", known.keys.stream_meta, *told)])  # may be refused at maxmemory: all is done
+        return tended, found
+
     async def _round(self, link: Link, known: Known, policy: Policy, now_ms: int) -> tuple[Tended, float]:
-        partitions = range(known.spec.partitions)
-        parts = {partition: part for partition in partitions if (part := await _look(link, known, partition))}
-        for partition, part in parts.items():
-            await _clear(link, known, partition, part)
+        parts: dict[int, Part] = {}
+        for some in _batches(range(known.spec.partitions)):
+            parts |= await _look(link, known, some)
+        await _clear(link, known, parts)
         seen = await self._seen(link, known, parts, now_ms) if policy.keep else {}
-        steps = {partition: await self._trim(link, known, policy, parts, partition, seen) for partition in tuple(parts)}
-        full = [
-            _fullness(policy, known, parts[partition], some[-1].events) for partition, some in steps.items() if some
-        ]
-        return _tended([step for some in steps.values() for step in some]), max(full, default=0.0)
+        stay = {partition: _may_stay(policy, parts, partition) for partition in parts}
+        full_at = _full_at(policy, parts.values())
+        steps: dict[int, list[Step]] = {}
+        for some in _batches(list(parts)):
+            steps |= await self._trim(link, known, policy, {p: parts[p] for p in some}, stay, full_at, seen)
+        left = {partition: some[-1].events for partition, some in steps.items() if some}
+        return _tended([step for some in steps.values() for step in some]), _fullness(policy, parts, left)
 
     async def _trim(
         self,
@@ -135,32 +196,49 @@ class Tending:
         known: Known,
         policy: Policy,
         parts: dict[int, Part],
-        partition: int,
+        stay: Mapping[int, int | str],
+        full_at: int | str,
         seen: Mapping[str, int],
-    ) -> list[Step]:
-        stay, steps = _may_stay(policy, parts, partition), list[Step]()
-        keys = known.keys
+    ) -> dict[int, list[Step]]:
+        steps: dict[int, list[Step]] = {partition: [] for partition in parts}
+        todo = list(parts)
         for _ in range(MAX_STEPS):
-            part = parts[partition]
-            names = [keys.log(partition), keys.meta(partition)]
-            words: list[Any] = []
-            for group in part.groups:
-                dead = keys.dead(partition, group)
-                names += [keys.due(partition, group), keys.note(partition, group), dead]
-                names += [keys.stats(partition, group), keys.lease(partition, group)]
-                words += [group, seen.get(group, 0), *await self._needs(link, policy, part, group, dead)]
-            most = max(NODE_EVENTS, min(MAX_REMOVED, MAX_REMOVED_BYTES // part.each_bytes))
-            bodies = max(1, min(NODE_EVENTS, MAX_BODIES_BYTES // part.each_bytes))
-            limits = policy.age_ms, stay, int(policy.keep), policy.forget_ms, most, bodies
-            args = *limits, _full_at(policy, known, part), *words
-            state, *answer = await link.run(scripts["trim"], names, args)
-            if state == b"OK":
-                steps.append(_step(answer))
-            if state == b"NONE" or (steps and not steps[-1].removed):
+            calls = [await self._call(link, known, policy, p, parts[p], stay[p], full_at, seen) for p in todo]
+            answers = dict(zip(todo, _good(link, await link.run_each(scripts["trim"], calls)), strict=True))
+            again = [partition for partition, (state, *_) in answers.items() if state == b"AGAIN"]
+            for partition, (state, *answer) in answers.items():
+                if state == b"OK":
+                    steps[partition].append(_step(answer))
+            anew = await _look(link, known, again) if again else {}
+            parts |= anew
+            todo = [p for p in todo if p in anew or (answers[p][0] == b"OK" and steps[p][-1].removed)]
+            if not todo:
                 break
-            if state == b"AGAIN" and (anew := await _look(link, known, partition)):
-                parts[partition] = anew
         return steps
+
+    async def _call(
+        self,
+        link: Link,
+        known: Known,
+        policy: Policy,
+        partition: int,
+        part: Part,
+        stay: int | str,
+        full_at: int | str,
+        seen: Mapping[str, int],
+    ) -> tuple[list[bytes], list[Any]]:
+        # Keys and arguments of `trim.lua`.
+        keys = known.keys
+        names, words = [keys.log(partition), keys.meta(partition)], list[Any]()
+        for group in part.groups:
+            dead = keys.dead(partition, group)
+            names += [keys.due(partition, group), keys.note(partition, group), dead]
+            names += [keys.stats(partition, group), keys.lease(partition, group)]
+            words += [group, seen.get(group, 0), *await self._needs(link, policy, part, group, dead)]
+        most = max(NODE_EVENTS, min(MAX_REMOVED, MAX_REMOVED_BYTES // part.each_bytes))
+        bodies = max(1, min(NODE_EVENTS, MAX_BODIES_BYTES // part.each_bytes))
+        limits = policy.age_ms, stay, int(policy.keep), policy.forget_ms, most, bodies
+        return names, [*limits, full_at, *words]
 
     async def _needs(self, link: Link, policy: Policy, part: Part, group: str, dead: bytes) -> tuple[str, str]:
         # Of the dead letters of a group the last one looked at, and the first event that one of them needs.
@@ -183,35 +261,53 @@ class Tending:
         return seen
 
 
-async def _look(link: Link, known: Known, partition: int) -> Part | None:
-    log = known.keys.log(partition)
-    asked = (
-        ("XINFO", "STREAM", log),
-        ("XINFO", "GROUPS", log),
-        ("HGETALL", known.keys.meta(partition)),
-        ("MEMORY", "USAGE", log),
-    )
-    info, groups, fields, size = await link.calls(asked)
-    if isinstance(fields, ReplyError):
-        raise link.failure(fields, "tend")
-    if isinstance(info, ReplyError) or isinstance(groups, ReplyError):  # no such log yet
-        return None
+async def _look(link: Link, known: Known, partitions: Sequence[int]) -> dict[int, Part]:
+    """Those of these partitions that have a log."""
+    asked: list[tuple[Any, ...]] = []
+    for partition in partitions:
+        log = known.keys.log(partition)
+        asked += [("XINFO", "STREAM", log), ("XINFO", "GROUPS", log)]
+        asked += [("HGETALL", known.keys.meta(partition)), ("MEMORY", "USAGE", log)]
+    replies = await link.calls(asked)
+    parts: dict[int, Part] = {}
+    for index, partition in enumerate(partitions):
+        info, groups, fields, size = replies[4 * index : 4 * index + 4]
+        if isinstance(fields, ReplyError):
+            raise link.failure(fields, "tend")
+        if not isinstance(info, ReplyError) and not isinstance(groups, ReplyError):
+            parts[partition] = _part(info, groups, fields, 0 if isinstance(size, ReplyError) else size or 0)
+    return parts
+
+
+def _part(info: Sequence[Any], groups: Sequence[Any], fields: Sequence[bytes], size_bytes: int) -> Part:
     stream = dict(zip(info[::2], info[1::2], strict=True))
     meta = {name.decode(): value for name, value in zip(fields[::2], fields[1::2], strict=True)}
     there = {group[1].decode() for group in groups}
     vanished = {name.partition(":")[2] for name in meta if name.startswith("mode:")} - there
     first = stream[b"first-entry"][0].decode() if stream[b"first-entry"] else ""
-    weight = 0 if isinstance(size, ReplyError) else size or 0
-    return Part(stream[b"length"], weight, first, sorted(there | vanished), meta)
+    ends = [entry[1] for entry in (stream[b"first-entry"], stream[b"last-entry"]) if entry]
+    entry_bytes = sum(len(word) for fields in ends for word in fields) // max(1, len(ends))
+    return Part(stream[b"length"], size_bytes, first, entry_bytes, sorted(there | vanished), meta)
 
 
-async def _clear(link: Link, known: Known, partition: int, part: Part) -> None:
+async def _clear(link: Link, known: Known, parts: Mapping[int, Part]) -> None:
     # What was remembered of groups of other clients that are no more: the next one of this name is another.
-    keys = known.keys
-    named = {name.partition(":")[2] for name in part.meta if name.startswith(("entered:", "told:"))}
-    for group in named.difference(part.groups):
-        forgotten = "HDEL", keys.meta(partition), f"entered:{group}", f"told:{group}"
-        await link.calls([forgotten, ("DEL", keys.stats(partition, group))])
+    keys, forgotten = known.keys, list[tuple[Any, ...]]()
+    for partition, part in parts.items():
+        named = {name.partition(":")[2] for name in part.meta if name.startswith(("entered:", "told:"))}
+        for group in named.difference(part.groups):
+            forgotten.append(("HDEL", keys.meta(partition), f"entered:{group}", f"told:{group}"))
+            forgotten.append(("DEL", keys.stats(partition, group)))
+    if forgotten:
+        await link.calls(forgotten)
+
+
+def _batches(partitions: Sequence[int]) -> list[Sequence[int]]:
+    return [partitions[first : first + AT_ONCE] for first in range(0, len(partitions), AT_ONCE)]
+
+
+def _plain(policy: Policy) -> bool:
+    return not (policy.age_ms or policy.events or policy.bytes or policy.ceiling_events or policy.ceiling_bytes)
 
 
 def _may_stay(policy: Policy, parts: Mapping[int, Part], partition: int) -> int | str:
@@ -226,18 +322,22 @@ def _may_stay(policy: Policy, parts: Mapping[int, Part], partition: int) -> int 
     return stay if stay < part.events else ""
 
 
-def _full_at(policy: Policy, known: Known, part: Part) -> int | str:
-    """With how many events the partition has reached its share of a ceiling that is a size; empty without one."""
-    if not policy.ceiling_bytes or not part.size_bytes:
+def _full_at(policy: Policy, parts: Collection[Part]) -> int | str:
+    """With how many events the stream has reached a ceiling that is a size; empty without one."""
+    events, size_bytes = sum(part.events for part in parts), sum(part.size_bytes for part in parts)
+    if not policy.ceiling_bytes or not size_bytes:
         return ""
-    return max(1, -(-policy.ceiling_bytes // known.spec.partitions) * part.events // part.size_bytes)
+    # An almost empty log says little of what an event weighs: with the node counted in, one alone seems ten times heavier.
+    entry_bytes = sum(part.entry_bytes * part.events for part in parts) // max(1, events)
+    each_bytes = max(1, entry_bytes, (size_bytes - BLANK_BYTES * len(parts)) // max(1, events))
+    return max(1, events + (policy.ceiling_bytes - size_bytes) // each_bytes)
 
 
-def _fullness(policy: Policy, known: Known, part: Part, events: int) -> float:
-    ceiling, count = policy.ceiling_events, known.spec.partitions
-    by_events = events / -(-ceiling // count) if ceiling else 0.0
-    by_bytes = events * part.each_bytes / -(-policy.ceiling_bytes // count) if policy.ceiling_bytes else 0.0
-    return max(by_events, by_bytes)
+def _fullness(policy: Policy, parts: Mapping[int, Part], left: Mapping[int, int]) -> float:
+    """How near the ceiling a stream is, with so many events left in its partitions."""
+    by_events = sum(left.values()) / policy.ceiling_events if policy.ceiling_events else 0.0
+    size_bytes = sum(parts[partition].each_bytes * events for partition, events in left.items())
+    return max(by_events, size_bytes / policy.ceiling_bytes if policy.ceiling_bytes else 0.0)
 
 
 def _step(answer: Sequence[Any]) -> Step:

@@ -49,7 +49,7 @@ MAX_STEPS = 10  # of one round of housekeeping, each a transaction of its own
 
 
 class SQLiteBroker:
-    """Keeps events in a file. Belongs to the event loop that opened it, and must not be open across a fork.
+    """Keeps events in a file. Belongs to the event loop that opened it; a forked child opens one of its own, see `forks.py`.
 
     An event whose `append` returned survives a crash of all processes; with `synchronous=full`, the default, it survives a
     power cut too. Processes of other machines cannot share the file: its locks do not reach over a network.

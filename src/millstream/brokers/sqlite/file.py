@@ -111,8 +111,9 @@ class File:
             ) from error
 
     def connect(self, *, reader: bool = False) -> sqlite3.Connection:
-        """A connection in autocommit mode, for this thread. Raises `sqlite3.Error`."""
-        connection = sqlite3.connect(f"{Path(self.path).as_uri()}?mode=rw", uri=True, isolation_level=None)
+        """A connection in autocommit mode, for one thread at a time. Raises `sqlite3.Error`."""
+        uri = f"{Path(self.path).as_uri()}?mode=rw"
+        connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
         try:
             connection.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
             (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()

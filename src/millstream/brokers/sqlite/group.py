@@ -291,11 +291,14 @@ def _bury(db: sqlite3.Connection, mine: tuple[int, int, int, int], why: Dead, no
         return _wait(db, mine, now_ms + int(DEAD_FULL_S * 1000), postponed=False)
     if not db.execute(_FINISH, mine).rowcount:
         return False
-    db.execute(
+    buried = db.execute(
         "INSERT INTO dead (grp, row, reason, error, attempts, died_ms, "
         "event_id, type, source, stored_ms, time_ms, subject, headers, data) "
         "SELECT ?, row, ?, ?, ?, ?, id, type, source, stored_ms, time_ms, subject, headers, data FROM event WHERE row = ?",
         (group, why.reason, why.error[:MAX_ERROR_CHARS], attempt, now_ms, row),
-    )
-    db.execute("UPDATE cursor SET dead = dead + 1 WHERE grp = ? AND log = ?", kept)
+    ).rowcount
+    if buried:
+        db.execute("UPDATE cursor SET dead = dead + 1 WHERE grp = ? AND log = ?", kept)
+    else:  # retention took the event while it was held: nothing of it is left to keep
+        loss.count(db, group, 1)
     return True

@@ -2,6 +2,8 @@
 
 A group without order needs what is pending, what it was not given yet, and what its dead letters would be replayed from. An
 ordered one needs what lies behind its mark: what it has parked, and its dead letters, are whole events.
+
+What is gone already is not needed any more: a dead letter from before a group was forgotten, say, keeps nothing.
 """
 
 from __future__ import annotations
@@ -45,9 +47,9 @@ def keepers(db: Connection, stream: log.Known, now_s: float) -> list[Keeper]:
     return [_keeper(db, group, now_s) for group in groups]
 
 
-def pins(db: Connection, log_: int, groups: Sequence[Keeper]) -> list[Pin]:
-    """Up to where each of these groups lets events of a partition go."""
-    return [pin for group in groups for pin in _pins(db, log_, group)]
+def pins(db: Connection, log_: int, gone: int, groups: Sequence[Keeper]) -> list[Pin]:
+    """Up to where each of these groups lets events of a partition go, of those behind what is gone."""
+    return [pin for group in groups for pin in _pins(db, log_, gone, group)]
 
 
 def _keeper(db: Connection, group: log.Row, now_s: float) -> Keeper:
@@ -63,21 +65,22 @@ def _keeper(db: Connection, group: log.Row, now_s: float) -> Keeper:
     )
 
 
-def _pins(db: Connection, log_: int, group: Keeper) -> list[Pin]:
+def _pins(db: Connection, log_: int, gone: int, group: Keeper) -> list[Pin]:
     (seq,) = db.execute("SELECT seq FROM cursor WHERE grp = ? AND log = ?", (group.id, log_)).fetchone()
     if group.ordered:
         return [Pin(seq, group.name, group.name)]
     base = log_ << log.SEQ_BITS
+    first = base | gone + 1
     pending, dead = (
         "SELECT MIN(row) FROM pending WHERE grp = ? AND consumer = ? AND row BETWEEN ? AND ?",
         "SELECT MIN(row) FROM dead WHERE grp = ? AND row BETWEEN ? AND ?",
     )
     firsts = [
-        db.execute(pending, (group.id, consumer, base, base | seq)).fetchone()[0] for consumer in (0, *group.members)
+        db.execute(pending, (group.id, consumer, first, base | seq)).fetchone()[0] for consumer in (0, *group.members)
     ]
-    needed = min((first for first in firsts if first is not None), default=(base | seq) + 1)
+    needed = min((row for row in firsts if row is not None), default=(base | seq) + 1)
     found = [Pin((needed & log.MAX_SEQ) - 1, group.name, group.name)]
-    (letter,) = db.execute(dead, (group.id, base, base | log.MAX_SEQ)).fetchone()
+    (letter,) = db.execute(dead, (group.id, first, base | log.MAX_SEQ)).fetchone()
     if letter is not None:
         found.append(Pin((letter & log.MAX_SEQ) - 1, f"dead letters of {group.name}", group.name))
     return found

@@ -85,16 +85,17 @@ def trim(db: Connection, name: str, now_ms: int, now_s: float) -> Step:
     limits = [(part, limit) for part, limit in _limits(policy, parts, now_ms) if _begins(part, limit)]
     forgotten = _forgotten(policy, groups, now_ms)
     counting = [group for group in groups if policy.keep and group.name not in forgotten]
-    total = sum(part.events for part, _ in limits)
+    found = {part.log: pins.pins(db, part.log, part.gone, counting) for part, _ in limits}
+    until = {part.log: min((pin.seq for pin in found[part.log]), default=part.last) for part, _ in limits}
+    total = sum(part.events for part, _ in limits if until[part.log] > part.gone)
     trimmed, more, kept = 0, remembered.forget_old(db, stream, now_ms), []
     for part, limit in limits:
-        found = pins.pins(db, part.log, counting)
-        pin = min((pin.seq for pin in found), default=part.last)
-        cut = _cut(db, part, limit, pin, part.events / total)
+        pin = until[part.log]
+        cut = _cut(db, part, limit, pin, part.events / total if pin > part.gone else 0.0)
         trimmed += _remove(db, part, cut, groups)
         more = more or cut.more
         if cut.pinned:
-            kept.append(_kept(db, part, limit, found))
+            kept.append(_kept(db, part, limit, found[part.log]))
     most = max(kept, default=None)
     pinned_by = most.by if most else ""
     db.execute("UPDATE stream SET trimmed = trimmed + ? WHERE id = ? AND ? > 0", (trimmed, stream.id, trimmed))
@@ -156,7 +157,7 @@ def _forgotten(policy: Policy, groups: Sequence[Keeper], now_ms: int) -> frozens
 
 
 def _cut(db: Connection, part: _Part, limit: _Limit, pin: int, share: float) -> _Cut:
-    """What goes of a partition, which has this share of the step."""
+    """What goes of a partition, which has this share of the step: none where its first event is needed."""
     quota = math.ceil(MAX_TRIMMED * share)
     rows = db.execute(
         "SELECT row, stored_ms, LENGTH(data) + IFNULL(LENGTH(headers), 0) FROM event WHERE row > ? AND row <= ? "

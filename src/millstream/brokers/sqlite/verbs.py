@@ -140,23 +140,30 @@ def _empty(db: Connection, log_: int) -> bool:
     """Delete the first events and ids of a partition; False when it has none."""
     base = log_ << log.SEQ_BITS
     rows = db.execute(
-        "SELECT row FROM event WHERE row > ? AND row <= ? ORDER BY row LIMIT ?",
+        "SELECT row, LENGTH(data) + IFNULL(LENGTH(headers), 0) FROM event WHERE row > ? AND row <= ? ORDER BY row LIMIT ?",
         (base, base | log.MAX_SEQ, MAX_DISCARDED),
     ).fetchall()
     if rows:
-        end = rows[-1][0]
+        end, bytes_ = rows[-1][0], sum(size_bytes for _, size_bytes in rows)
         db.execute("DELETE FROM event WHERE row > ? AND row <= ?", (base, end))
-        db.execute("UPDATE log SET gone = MAX(gone, ?) WHERE id = ?", (end & log.MAX_SEQ, log_))
+        gone = (end & log.MAX_SEQ, bytes_, log_)
+        db.execute("UPDATE log SET gone = MAX(gone, ?), bytes = MAX(0, bytes - ?) WHERE id = ?", gone)
         return True
-    ids = "SELECT id FROM remembered WHERE log = ? LIMIT ?"
-    some = (log_, log_, MAX_DISCARDED)
-    return db.execute(f"DELETE FROM remembered WHERE log = ? AND id IN ({ids})", some).rowcount > 0  # noqa: S608
+    some = "SELECT id FROM remembered WHERE log = ? LIMIT ?"
+    ids = db.execute(
+        f"DELETE FROM remembered WHERE log = ? AND id IN ({some})",  # noqa: S608 - a constant
+        (log_, log_, MAX_DISCARDED),
+    ).rowcount
+    db.execute("UPDATE log SET ids = ids - ? WHERE id = ?", (ids, log_))
+    return ids > 0
 
 
 def _empty_aside(db: Connection, stream: log.Known) -> bool:
     """Delete some events that are not due yet; False when there are none."""
     some = "SELECT id FROM delayed WHERE stream = ? LIMIT ?"
-    return db.execute(f"DELETE FROM delayed WHERE id IN ({some})", (stream.id, MAX_DISCARDED)).rowcount > 0  # noqa: S608
+    gone = db.execute(f"DELETE FROM delayed WHERE id IN ({some})", (stream.id, MAX_DISCARDED)).rowcount  # noqa: S608
+    db.execute("UPDATE stream SET delayed = delayed - ? WHERE id = ?", (gone, stream.id))
+    return gone > 0
 
 
 def _seek(db: Connection, part: Part, seq: int) -> None:

@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from millstream.brokers.sqlite.file import File, InDoubt, Turnstile
+from millstream.brokers.sqlite.forks import Holder
 from millstream.clock import Clock
 from millstream.errors import BrokerDown, BrokerError, BrokerFull, BrokerRefused
 from millstream.telemetry import logger
@@ -53,7 +54,7 @@ class Request:
         self.rings = rings
 
 
-class Reader:
+class Reader(Holder):
     """A thread with a connection, which runs one request after the other, each in a transaction that sees one state.
 
     Started by `start`, ended and joined by `close`. A daemon: a process that is stopped inside the turnstile must not
@@ -63,6 +64,7 @@ class Reader:
     role = "reader"
 
     def __init__(self, file: File, clock: Clock) -> None:
+        super().__init__()
         self._file = file
         self._clock = clock
         self._loop = asyncio.get_running_loop()
@@ -139,8 +141,10 @@ class Reader:
                 batch, self._waiting = self._waiting[:MAX_REQUESTS], self._waiting[MAX_REQUESTS:]
                 if self._closing and not batch:
                     break
-            self._turn(batch)
-        self._end()
+            with self.using:
+                self._turn(batch)
+        with self.using:
+            self.let_go()
         self._post(self._ended.set)
 
     def _turn(self, batch: list[Request]) -> None:
@@ -150,7 +154,8 @@ class Reader:
     def _pause_s(self) -> float | None:
         return None
 
-    def _end(self) -> None:
+    def let_go(self) -> None:
+        """Close the connection; the next request opens it again."""
         self._disconnect()
 
     def _transact(self, batch: Sequence[Request], begin: str) -> bool:
@@ -304,10 +309,12 @@ class Writer(Reader):
             self._changed_s = self._clock.monotonic()
             self._post(self.ring)
 
-    def _end(self) -> None:
+    def let_go(self) -> None:
+        """Close connection and turnstile; the next request opens them again."""
         self._disconnect()
-        if self._turnstile is not None:
-            self._turnstile.close()
+        turnstile, self._turnstile = self._turnstile, None
+        if turnstile is not None:
+            turnstile.close()
 
 
 def _fail(batch: Sequence[Request], error: Exception) -> None:

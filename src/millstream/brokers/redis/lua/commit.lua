@@ -1,7 +1,7 @@
 -- commit.lua: store the progress of one partition with all that follows from it, but only while it is ours.
 -- USES     store outputs
--- KEYS     log, lease, parked, parkinfo, note, dead, then the lists of the event keys that the effects name, then six per
---          target of outputs, see `store`
+-- KEYS     log, lease, parked, parkinfo, note, dead, then the lists of the event keys that the effects name, then those of
+--          the targets of outputs, see `store`
 -- ARGV     group, member, epoch, seq, w, wn, h, open, done, retried, partition, max dead letters,
 --          ids whose notes go ('' or with blanks between), effects and outputs (each '' or MessagePack), blobs. Outputs are
 --          in the order of their events, see `publish`; each effect is one of

@@ -1,7 +1,7 @@
 -- ripen.lua: publish what was kept aside in one partition and has fallen due.
 -- USES     store
--- KEYS     log, later, ids0, ids1, ids2, meta
--- ARGV     most events, most bytes in one call; dedupe ms, dedupe ids, ceiling in events, 1 when it is a size
+-- KEYS     log, later, ids0, ids1, ids2, meta; with a ceiling the logs of all partitions
+-- ARGV     most events, most bytes in one call; the policy in six numbers, see `store`
 -- RETURNS  how many were published, when the next one is due ('' when there is none), the refusal of the next one ('' if none)
 -- Why      Each goes from one place to the other in one step, so several who tend at once publish each once, and none is
 --          lost. Ids were looked at when they were kept aside; who repeats one from now on learns the position.
@@ -10,7 +10,7 @@
 -- Cost     O(events · log kept aside); 200 small ones 1.2 ms
 local later, ids = KEYS[2], {KEYS[3], KEYS[4], KEYS[5]}
 local max_events, max_bytes = tonumber(ARGV[1]), tonumber(ARGV[2])
-local policy = {dedupe_ms = ARGV[3], dedupe_ids = ARGV[4], ceiling = ARGV[5], weighed = ARGV[6]}
+local policy = policy_at(3)
 local AT_ONCE = 8
 
 local time = redis.call('TIME')

@@ -1,6 +1,6 @@
 -- settle.lua: finish deliveries of one partition, but only while we still hold them, each with what its handler published.
 -- USES     store outputs
--- KEYS     log, fence, due, note, dead, stats, then six per target of outputs, see `store`
+-- KEYS     log, fence, due, note, dead, stats, then those of the targets of outputs, see `store`
 -- ARGV     group, consumer, nonce, partition, max dead letters, number of deliveries, outputs: '' or MessagePack, by the number
 --          of their delivery, see `publish`; then five per delivery: verdict, id, count, a, b; then the blobs of the outputs
 --            done                  it is finished

@@ -12,8 +12,9 @@
 --          at the pin, with as many as are too many for its LIMIT, removes the oldest, no more than asked, and nothing that
 --          is needed. Up to a node stays beyond what was asked for. No XDEL: after it no number of Redis is exact any more.
 --          A group keeps what lies behind its oldest pending entry, or its last delivered one; in the order of keys what lies
---          behind the mark of its lease: parked events and dead letters are copies there. Else a dead letter needs its
---          event to be replayed. Those that came since they were looked at are looked at here.
+--          behind the mark of its lease, or behind its id where a person moved that back, see acquire.lua: parked events and
+--          dead letters are copies there. Else a dead letter needs its event to be replayed. Those that came since they
+--          were looked at are looked at here.
 --          Losses are told once: `told:g` is what has been, whoever counted them. A group of another client has no owner, and
 --          `entered:g` is when it was first found.
 -- Cost     O(groups + consumers of foreign groups + removed / 100), and some bodies
@@ -39,7 +40,7 @@ redis.call('PERSIST', log)
 local function last_seen(group, seen)
   local known = redis.call('HMGET', meta, 'seen:' .. group, 'entered:' .. group, 'owner:' .. group)
   seen = math.max(seen, tonumber(known[1] or 0), tonumber(known[2] or 0))
-  if known[3] or not found[group] then return seen end
+  if known[3] and seen > 0 or not found[group] then return seen end
   if not known[2] then redis.call('HSET', meta, 'entered:' .. group, whole(now)) end
   if not known[2] then return now end
   for _, info in ipairs(redis.call('XINFO', 'CONSUMERS', log, group)) do seen = math.max(seen, now - named(info).idle) end
@@ -49,8 +50,9 @@ end
 local function settled(group, lease) -- all up to this id is; and does the group need the events of its dead letters?
   local at = found[group]
   if redis.call('HGET', meta, 'mode:' .. group) == 'log' then
-    local w = redis.call('HGET', lease, 'w')
-    if w or at then return w or at['last-delivered-id'] end
+    local w, mirror = redis.call('HGET', lease, 'w'), at and at['last-delivered-id']
+    if w and mirror and before(mirror, w) then return mirror end
+    if w or mirror then return w or mirror end
   end
   local oldest = at and redis.call('XPENDING', log, group, '-', '+', 1)[1]
   if at then return oldest and predecessor(oldest[1]) or at['last-delivered-id'], true end
