@@ -93,6 +93,35 @@ async def test_a_group_of_another_client_keeps_events_while_its_consumers_do_som
         assert faded and tended.forgotten == {"theirs"} and tended.trimmed >= least()
 
 
+async def test_what_is_noted_of_a_silent_group_goes_when_it_is_seen_again_or_no_more(server: RedisServer) -> None:
+    hour_ms = 3_600_000
+    async with kept(server, Policy(events=10, forget_ms=hour_ms)) as broker:
+        await create(broker)
+        await broker.append("orders", records(MANY))
+        for field in ("seen", "entered"):
+            if run_in(server, "HEXISTS", META, f"{field}:{GROUP}"):
+                run_in(server, "HINCRBY", META, f"{field}:{GROUP}", -30 * hour_ms)
+        before_ms = broker.clock.now_ms()
+        tended = await broker.tend("orders")
+        announced_ms = int(run_in(server, "HGET", META, f"announced:{GROUP}"))
+        assert abs(announced_ms - before_ms) < 10_000
+        assert (tended.trimmed, tended.fading) == (0, {GROUP: announced_ms + hour_ms // 2})
+        run_in(server, "HINCRBY", META, f"announced:{GROUP}", 60_000 - hour_ms // 2)
+        tended = await broker.tend("orders")
+        assert (tended.trimmed, tended.fading) == (0, {GROUP: announced_ms + 60_000})
+        run_in(server, "HINCRBY", META, f"announced:{GROUP}", -120_000)
+        tended = await broker.tend("orders")
+        assert (tended.fading, tended.forgotten) == ({}, {GROUP}) and tended.trimmed >= least()
+        run_in(server, "HSET", META, f"seen:{GROUP}", before_ms)
+        tended = await broker.tend("orders")
+        assert (tended.fading, tended.forgotten) == ({}, frozenset())
+        assert run_in(server, "HEXISTS", META, f"announced:{GROUP}") == 0
+        run_in(server, "HSET", META, f"announced:{GROUP}", before_ms)
+        await broker.admin.forget("orders", GROUP)
+        await broker.tend("orders")
+        assert run_in(server, "HEXISTS", META, f"announced:{GROUP}") == 0
+
+
 @pytest.mark.parametrize("known_before", [False, True])
 async def test_a_group_that_was_adopted_a_moment_ago_keeps_events(server: RedisServer, known_before: bool) -> None:
     async with kept(server, Policy(events=10, forget_ms=60_000)) as broker:

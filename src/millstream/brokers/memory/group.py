@@ -72,6 +72,8 @@ class Group:
         self.cursor = cursor
         self.seen_s = born_s
         """When a member beat last, or its birth."""
+        self.announced_s: float | None = None
+        """When it was found that nobody had been seen in it for long; None while somebody is."""
         self.pending: dict[Position, Pending] = {}
         self.due: list[tuple[int, int, Pending]] = []  # a heap: due time, who came first, what
         self.members: dict[str, Member] = {}

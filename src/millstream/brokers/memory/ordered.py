@@ -55,6 +55,8 @@ class OrderedGroup:
         self.owner = owner
         self.seen_s = born_s
         """When a member beat last, or its birth."""
+        self.announced_s: float | None = None
+        """When it was found that nobody had been seen in it for long; None while somebody is."""
         self.parts = [Part(count) for count in begin]
         self.members: dict[str, tuple[float, float]] = {}
         """Per name when it beat last, and its lease."""

@@ -3,6 +3,9 @@
 All partitions are cut in one step: lists lose their beginnings in no time. Each may keep its share of the events and the
 bytes that were asked for. What a group has before it, works on, or lets wait pins all that came later; dead letters and
 what is parked are whole copies, and pin nothing.
+
+A group in which nobody is seen is announced when half of the time is over after which it is forgotten, and the other half
+begins then at the earliest.
 """
 
 from __future__ import annotations
@@ -19,8 +22,6 @@ if TYPE_CHECKING:
     from millstream.brokers.memory.ordered import OrderedGroup
     from millstream.clock import Clock
 
-SOON = 0.5  # of the time after which a group is forgotten: from then on it is told to fade
-
 
 def tend(log: Log, clock: Clock) -> Tended:
     """One round."""
@@ -29,8 +30,7 @@ def tend(log: Log, clock: Clock) -> Tended:
     groups = list(log.groups.values())
     ends_ms = _ends_ms(log, groups, clock)
     forgotten = frozenset(name for name, at_ms in ends_ms.items() if at_ms <= now_ms)
-    soon_ms = now_ms + policy.forget_ms * SOON
-    fading = {name: at_ms for name, at_ms in ends_ms.items() if name not in forgotten and at_ms <= soon_ms}
+    fading = {name: at_ms for name, at_ms in ends_ms.items() if name not in forgotten}
     pinning = [group for group in groups if policy.keep and group.name not in forgotten]
     may_go = _pinned(log, pinning, _may_go(log, now_ms))
     trimmed = sum([log.trim(partition, count) for partition, count in enumerate(may_go)])
@@ -44,19 +44,35 @@ def tend(log: Log, clock: Clock) -> Tended:
 def seen_ms(group: Group | OrderedGroup, clock: Clock) -> int:
     """When a member of a group lived last: now, if one does."""
     now_s = clock.monotonic()
-    return clock.now_ms() - (0 if group.living(now_s) else int((now_s - group.seen_s) * 1000))
+    return clock.now_ms() - (0 if group.living(now_s) else _span_ms(group.seen_s, now_s))
 
 
 def _ends_ms(log: Log, groups: Sequence[Group | OrderedGroup], clock: Clock) -> dict[str, int]:
-    """When each group that keeps events is forgotten, unless somebody is seen in it; which may be past."""
-    policy = log.policy
-    if not (policy.keep and policy.forget_ms and (policy.age_ms or policy.events or policy.bytes)):
-        return {}
-    ends_ms = {}
+    """When each group is forgotten that is announced and keeps events; which may be past."""
+    policy, ends_ms = log.policy, {}
+    forget_ms = policy.forget_ms if policy.keep and (policy.age_ms or policy.events or policy.bytes) else 0
     for group in groups:
-        if any(count < log.end(partition) for partition, count in enumerate(group.settled())):
-            ends_ms[group.name] = seen_ms(group, clock) + policy.forget_ms
+        ends = _announce(group, forget_ms, clock)
+        if ends is not None and any(count < log.end(partition) for partition, count in enumerate(group.settled())):
+            ends_ms[group.name] = ends
     return ends_ms
+
+
+def _announce(group: Group | OrderedGroup, forget_ms: int, clock: Clock) -> int | None:
+    """Note that half of a group's time is over, if it is; when it is forgotten then."""
+    seen = seen_ms(group, clock)
+    if not forget_ms or 2 * (clock.now_ms() - seen) < forget_ms:
+        group.announced_s = None
+        return None
+    if (
+        group.announced_s is None or 2 * _span_ms(group.seen_s, group.announced_s) < forget_ms
+    ):  # or in an earlier silence
+        group.announced_s = clock.monotonic()
+    return seen + max(forget_ms, _span_ms(group.seen_s, group.announced_s) + forget_ms // 2)
+
+
+def _span_ms(begin_s: float, end_s: float) -> int:
+    return int((end_s - begin_s) * 1000)
 
 
 def _may_go(log: Log, now_ms: int) -> list[int]:

@@ -44,6 +44,7 @@ REST = 10  # times as long as a round took nobody else begins one: all processes
 PLAIN_S = 5.0  # how often a stream that asks for nothing has a round
 AT_ONCE = 8  # partitions in one write, or the server would do nothing else meanwhile
 NODE_EVENTS = 100  # `stream-node-max-entries`
+GROUP_FIELDS = ("entered:", "told:", "announced:")  # what housekeeping notes of a group
 BLANK_BYTES = 4_736  # of a log with one small event: its node is made as large as it may become
 
 
@@ -237,12 +238,13 @@ class Tending:
             words += [group, seen.get(group, 0), *await self._needs(link, policy, part, group, dead)]
         most = max(NODE_EVENTS, min(MAX_REMOVED, MAX_REMOVED_BYTES // part.each_bytes))
         bodies = max(1, min(NODE_EVENTS, MAX_BODIES_BYTES // part.each_bytes))
-        limits = policy.age_ms, stay, int(policy.keep), policy.forget_ms, most, bodies
+        forget_ms = policy.forget_ms if _keeps(policy) else 0
+        limits = policy.age_ms, stay, int(policy.keep), forget_ms, most, bodies
         return names, [*limits, full_at, *words]
 
     async def _needs(self, link: Link, policy: Policy, part: Part, group: str, dead: bytes) -> tuple[str, str]:
         # Of the dead letters of a group the last one looked at, and the first event that one of them needs.
-        if not (policy.keep and (policy.age_ms or policy.events or policy.bytes)) or part.ordered(group):
+        if not _keeps(policy) or part.ordered(group):
             return "", ""
         return await self._sources.setdefault(dead, Sources(dead)).look(link, part.first)
 
@@ -294,9 +296,9 @@ async def _clear(link: Link, known: Known, parts: Mapping[int, Part]) -> None:
     # What was remembered of groups of other clients that are no more: the next one of this name is another.
     keys, forgotten = known.keys, list[tuple[Any, ...]]()
     for partition, part in parts.items():
-        named = {name.partition(":")[2] for name in part.meta if name.startswith(("entered:", "told:"))}
+        named = {name.partition(":")[2] for name in part.meta if name.startswith(GROUP_FIELDS)}
         for group in named.difference(part.groups):
-            forgotten.append(("HDEL", keys.meta(partition), f"entered:{group}", f"told:{group}"))
+            forgotten.append(("HDEL", keys.meta(partition), *(name + group for name in GROUP_FIELDS)))
             forgotten.append(("DEL", keys.stats(partition, group)))
     if forgotten:
         await link.calls(forgotten)
@@ -308,6 +310,11 @@ def _batches(partitions: Sequence[int]) -> list[Sequence[int]]:
 
 def _plain(policy: Policy) -> bool:
     return not (policy.age_ms or policy.events or policy.bytes or policy.ceiling_events or policy.ceiling_bytes)
+
+
+def _keeps(policy: Policy) -> bool:
+    """True when groups keep what the policy lets go."""
+    return policy.keep and bool(policy.age_ms or policy.events or policy.bytes)
 
 
 def _may_stay(policy: Policy, parts: Mapping[int, Part], partition: int) -> int | str:
@@ -358,7 +365,8 @@ def _tended(steps: Sequence[Step]) -> Tended:
     fading: dict[str, int] = {}
     for step in steps:
         lost.update(step.lost)
-        fading |= step.fading
+        for group, at_ms in step.fading.items():  # where a partition came later, its events stay longer
+            fading[group] = min(at_ms, fading.get(group, at_ms))
     pinned = min((step for step in steps if step.pin), key=lambda step: place(step.pin), default=None)
     return Tended(
         trimmed=sum(step.removed for step in steps),

@@ -73,17 +73,18 @@ class _Kept(NamedTuple):
 
     events: int
     by: str
-    groups: frozenset[str]
 
 
 def trim(db: Connection, name: str, now_ms: int, now_s: float) -> Step:
     """Remove some of what may go, and some of the ids that are remembered no more."""
     stream = log.known_as(db, name)
-    policy, groups = stream.policy, pins.keepers(db, stream, now_s)
+    policy = stream.policy
+    forget_ms = policy.forget_ms if policy.keep and (policy.age_ms or policy.events or policy.bytes) else 0
+    groups = pins.announce(db, pins.keepers(db, stream, now_s), forget_ms, now_ms)
     parts = _parts(db, stream, groups)
     loss.catch_up(db, groups)
     limits = [(part, limit) for part, limit in _limits(policy, parts, now_ms) if _begins(part, limit)]
-    forgotten = _forgotten(policy, groups, now_ms)
+    forgotten = _forgotten(groups, forget_ms, now_ms)
     counting = [group for group in groups if policy.keep and group.name not in forgotten]
     found = {part.log: pins.pins(db, part.log, part.gone, counting) for part, _ in limits}
     until = {part.log: min((pin.seq for pin in found[part.log]), default=part.last) for part, _ in limits}
@@ -103,7 +104,7 @@ def trim(db: Connection, name: str, now_ms: int, now_s: float) -> Step:
     tended = Tended(
         trimmed=trimmed,
         lost=_lost(db, stream),
-        fading=_fading(policy, counting, kept, now_ms),
+        fading=_fading(db, parts, counting, forget_ms),
         forgotten=forgotten,
         fullness=room.fullness(stream, room.size(db, stream)),
         pinned_by=pinned_by,
@@ -149,10 +150,8 @@ def _begins(part: _Part, limit: _Limit) -> bool:
     return limit.lets_go(part.gone + 1, part.first_ms, 0)
 
 
-def _forgotten(policy: Policy, groups: Sequence[Keeper], now_ms: int) -> frozenset[str]:
-    if not policy.keep or not (policy.age_ms or policy.events or policy.bytes):
-        return frozenset()
-    ends = {group.name: group.ends_ms(policy.forget_ms) for group in groups}
+def _forgotten(groups: Sequence[Keeper], forget_ms: int, now_ms: int) -> frozenset[str]:
+    ends = {group.name: group.ends_ms(forget_ms) for group in groups}
     return frozenset(name for name, ends_ms in ends.items() if ends_ms is not None and ends_ms < now_ms)
 
 
@@ -192,18 +191,18 @@ def _kept(db: Connection, part: _Part, limit: _Limit, found: Sequence[Pin]) -> _
     first = min(found, key=lambda pin: pin.seq)
     # By size it may be more, which is not worth to be added up.
     until = max(limit.seq, log.locate(db, part.log, limit.before_ms), first.seq + 1)
-    return _Kept(until - first.seq, first.by, frozenset(pin.group for pin in found if pin.seq < until))
+    return _Kept(until - first.seq, first.by)
 
 
-def _fading(policy: Policy, groups: Sequence[Keeper], kept: Sequence[_Kept], now_ms: int) -> dict[str, int]:
-    """Groups that keep something, half of whose time has passed: a group is told of in good time, no restart is."""
-    keeping = {name for some in kept for name in some.groups}
-    ends = {group.name: group.ends_ms(policy.forget_ms) for group in groups if group.name in keeping}
-    return {
-        name: ends_ms
-        for name, ends_ms in ends.items()
-        if ends_ms is not None and now_ms >= ends_ms - policy.forget_ms // 2
-    }
+def _fading(db: Connection, parts: Sequence[_Part], groups: Sequence[Keeper], forget_ms: int) -> dict[str, int]:
+    """Groups that need something, half of whose time has passed: a group is told of in good time, no restart is.
+
+    Also while nothing of that may go yet: it may be too late to tell when it does.
+    """
+    ends = {group.name: ends_ms for group in groups if (ends_ms := group.ends_ms(forget_ms)) is not None}
+    silent = [group for group in groups if group.name in ends]
+    found = [(pin, part.last) for part in parts for pin in pins.pins(db, part.log, part.gone, silent)]
+    return {pin.group: ends[pin.group] for pin, last in found if pin.seq < last}
 
 
 def _lost(db: Connection, stream: log.Known) -> dict[str, int]:

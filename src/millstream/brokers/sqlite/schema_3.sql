@@ -16,6 +16,7 @@ ALTER TABLE log ADD COLUMN ids INTEGER NOT NULL DEFAULT 0;         -- rows in `r
 ALTER TABLE grp ADD COLUMN lost INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE grp ADD COLUMN told INTEGER NOT NULL DEFAULT 0;        -- of the lost ones, those that `tend` has told
 ALTER TABLE grp ADD COLUMN seen_ms INTEGER NOT NULL DEFAULT 0;     -- when a member beat last, or the group was made
+ALTER TABLE grp ADD COLUMN announced_ms INTEGER NOT NULL DEFAULT 0; -- when it was found silent for long; 0: it is not
 UPDATE grp SET seen_ms = strftime('%s', 'now') * 1000;             -- nobody wrote it down before: as if born today
 
 ALTER TABLE lease ADD COLUMN skipped INTEGER NOT NULL DEFAULT 0;   -- events of this epoch that its owner found gone

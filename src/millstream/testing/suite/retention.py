@@ -323,6 +323,56 @@ async def test_a_group_that_nobody_serves_is_told_to_fade_and_then_keeps_nothing
 
 
 @retains
+async def test_a_group_is_announced_before_it_keeps_nothing_however_long_nobody_looked(trial: Trial) -> None:
+    stream = await filled(trial, Policy(events=FEW, forget_ms=0))
+    born_ms = (await trial.info(stream=stream)).seen_ms or 0
+    await trial.tended(stream, lambda found: trial.clock.now_ms() > born_ms + 2 * BRIEF_MS)
+    await trial.broker.admin.apply(stream.name, Policy(events=FEW, forget_ms=BRIEF_MS))
+    before_ms = trial.clock.now_ms()
+    moments: set[int] = set()
+
+    async def tend() -> Tended:
+        found = await trial.broker.tend(stream.name)
+        moments.update(found.fading.values())
+        assert moments, "forgotten before it was announced"
+        at_ms = min(moments)
+        assert at_ms >= before_ms + BRIEF_MS // 2 - 50
+        assert trial.clock.now_ms() >= at_ms - 50 or (found.trimmed, found.forgotten) == (0, frozenset())
+        return found
+
+    await trial.eventually(tend, lambda found: "billing" in found.forgotten)
+    assert all(at_ms < trial.clock.now_ms() + 50 for at_ms in moments)
+    stayed = await shrunk(trial, stream, FEW)
+    await lost(trial, stream, MANY - len(stayed))
+
+
+@retains
+async def test_a_group_is_announced_also_while_nothing_may_go_yet(trial: Trial) -> None:
+    stream = await filled(trial, Policy(events=2 * MANY, forget_ms=BRIEF_MS))
+    tended = await trial.tended(stream, lambda found: found.fading.keys() == {"billing"})
+    assert (tended.trimmed, tended.pinned_by) == (0, "")
+    await trial.tended(stream, lambda found: found.forgotten == {"billing"} and not found.fading)
+
+
+@retains
+async def test_who_was_seen_again_is_announced_anew(trial: Trial) -> None:
+    stream = await filled(trial, Policy(events=FEW, forget_ms=BRIEF_MS))
+    [first_ms] = (await trial.tended(stream, lambda found: bool(found.fading))).fading.values()
+    consumer = await trial.consumer(stream=stream)
+    await trial.eventually(lambda: trial.info(stream=stream), lambda info: (info.seen_ms or 0) > first_ms)
+    await left(trial, consumer)
+    left_ms = trial.clock.now_ms()
+    # As long as nobody tends, nothing takes away what was noted before.
+    await trial.eventually(
+        lambda: trial.info(stream=stream), lambda info: trial.clock.now_ms() > left_ms + 2 * BRIEF_MS
+    )
+    found = await trial.broker.tend(stream.name)
+    assert (found.trimmed, found.forgotten) == (0, frozenset())
+    assert found.fading["billing"] > left_ms + 2 * BRIEF_MS
+    await trial.tended(stream, lambda found: "billing" in found.forgotten)
+
+
+@retains
 async def test_a_group_is_not_forgotten_where_that_was_not_asked_for(trial: Trial) -> None:
     stream = await filled(trial, Policy(events=FEW, forget_ms=0))
     tended = await trial.tended(stream, lambda found: found.pinned_by == "billing")

@@ -1,7 +1,7 @@
 -- trim.lua: one step of retention in one partition: find what is still needed, remove of the rest what may go, count losses.
 -- USES     ids losses
 -- KEYS     log, meta; then due, note, dead, stats, lease of each group
--- ARGV     age in ms; how many events may stay, or ''; keep: 1 or 0; forget ms; most to remove in one call; most bodies to look
+-- ARGV     age in ms; how many events may stay, or ''; keep: 1 or 0; forget ms, or 0: never; most to remove in one call; most bodies to look
 --          at; `full_at`, or ''; then four per group: name; when it was last seen, in ms; of its dead letters that of the last
 --          one looked at, or '', and the id of the first event that one of these needs, or ''
 -- RETURNS  {OK, removed, length, pin, by whom, {group, newly lost, …}, {group, when it will keep nothing, …}, {who keeps nothing
@@ -17,6 +17,9 @@
 --          were looked at are looked at here.
 --          Losses are told once: `told:g` is what has been, whoever counted them. A group of another client has no owner, and
 --          `entered:g` is when it was first found.
+--          A group is announced before it keeps nothing: `announced:g` is when it was first found silent for half of forget,
+--          and the other half begins then at the earliest. Else who comes first after a standstill of everything, or after the
+--          clock was put forward, would cost the others their events. What was noted in an earlier silence does not count.
 -- Cost     O(groups + consumers of foreign groups + removed / 100), and some bodies
 local log, meta = KEYS[1], KEYS[2]
 local age, stay, keep, forget, most, bodies, full_at = unpack(ARGV, 1, 7)
@@ -47,6 +50,20 @@ local function last_seen(group, seen)
   return seen
 end
 
+local function ending(group, seen) -- when it will keep nothing any more; nil unless it is announced
+  local field = 'announced:' .. group
+  local at = tonumber(redis.call('HGET', meta, field) or '')
+  if forget == 0 or now - seen < forget / 2 then
+    if at then redis.call('HDEL', meta, field) end
+    return nil
+  end
+  if not at or at - seen < forget / 2 then
+    at = now
+    redis.call('HSET', meta, field, whole(at))
+  end
+  return math.max(seen + forget, at + forget / 2)
+end
+
 local function settled(group, lease) -- all up to this id is; and does the group need the events of its dead letters?
   local at = found[group]
   if redis.call('HGET', meta, 'mode:' .. group) == 'log' then
@@ -75,24 +92,24 @@ local function hold(id, name)
   if not pin or before(id, pin) then pin, by = id, name end
 end
 
-local bounded = age > 0 or stay ~= ''
+local keeps = keep == '1' and (age > 0 or stay ~= '' or forget > 0)
 local fading, forgotten = {}, {}
 local last = named(redis.call('XINFO', 'STREAM', log))['last-generated-id']
-for i = 8, keep == '1' and bounded and #ARGV or 0, 4 do
+for i = 8, #ARGV, 4 do
   local group, key = ARGV[i], 3 + 5 * (i - 8) / 4
-  local silent = now - last_seen(group, tonumber(ARGV[i + 1]))
-  if forget > 0 and silent >= forget then
+  local ends = ending(group, keeps and last_seen(group, tonumber(ARGV[i + 1])) or now)
+  if ends and ends <= now then
     forgotten[#forgotten + 1] = group
-  else
+  elseif keeps then
     local low, replays = settled(group, KEYS[key + 4])
     local dead, first, many = KEYS[key + 2], nil, nil
     if replays and redis.call('EXISTS', dead) == 1 then first, many = needed(dead, ARGV[i + 2], ARGV[i + 3]) end
     if many then return {'AGAIN'} end
     hold(low, group)
     if first then hold(predecessor(first), 'dead letters of ' .. group) end
-    if forget > 0 and silent >= forget / 2 and (first or before(low, last)) then
+    if ends and (first or before(low, last)) then
       fading[#fading + 1] = group
-      fading[#fading + 1] = whole(now - silent + forget)
+      fading[#fading + 1] = whole(ends)
     end
   end
 end
