@@ -24,7 +24,9 @@ def test_a_partition_that_cannot_be_trimmed_takes_no_room_of_others() -> None:
 
 
 @given(st.lists(st.integers(0, 1_000), min_size=1, max_size=10), st.integers(0, 5_000))
-def test_together_they_keep_what_is_asked_for_and_less_than_one_each_is_given_away(counts: list[int], most: int) -> None:
+def test_together_they_keep_what_is_asked_for_and_less_than_one_each_is_given_away(
+    counts: list[int], most: int
+) -> None:
     kept = sum(min(count, level(counts, most)) for count in counts)
     assert kept <= most or kept == sum(counts) <= most
     assert kept > min(most, sum(counts)) - len(counts)

@@ -64,9 +64,8 @@ def _announce(group: Group | OrderedGroup, forget_ms: int, clock: Clock) -> int 
     if not forget_ms or 2 * (clock.now_ms() - seen) < forget_ms:
         group.announced_s = None
         return None
-    if (
-        group.announced_s is None or 2 * _span_ms(group.seen_s, group.announced_s) < forget_ms
-    ):  # or in an earlier silence
+    # What was noted in an earlier silence does not count.
+    if group.announced_s is None or 2 * _span_ms(group.seen_s, group.announced_s) < forget_ms:
         group.announced_s = clock.monotonic()
     return seen + max(forget_ms, _span_ms(group.seen_s, group.announced_s) + forget_ms // 2)
 

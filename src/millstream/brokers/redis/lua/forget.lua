@@ -21,7 +21,7 @@ for i, key in ipairs(KEYS) do
   if is_log then
     redis.pcall('XGROUP', 'DESTROY', key, group)
   elseif is_meta then
-    for _, name in ipairs({'mode:', 'owner:', 'start:', 'low:', 'seen:', 'entered:', 'told:'}) do
+    for _, name in ipairs({'mode:', 'owner:', 'start:', 'low:', 'seen:', 'entered:', 'told:', 'announced:'}) do
       redis.call('HDEL', key, name .. group)
     end
   else

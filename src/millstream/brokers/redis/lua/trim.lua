@@ -1,9 +1,9 @@
 -- trim.lua: one step of retention in one partition: find what is still needed, remove of the rest what may go, count losses.
 -- USES     ids losses
 -- KEYS     log, meta; then due, note, dead, stats, lease of each group
--- ARGV     age in ms; how many events may stay, or ''; keep: 1 or 0; forget ms, or 0: never; most to remove in one call; most bodies to look
---          at; `full_at`, or ''; then four per group: name; when it was last seen, in ms; of its dead letters that of the last
---          one looked at, or '', and the id of the first event that one of these needs, or ''
+-- ARGV     age in ms; how many events may stay, or ''; keep: 1 or 0; forget ms, or 0: never; most to remove in one call; most
+--          bodies to look at; `full_at`, or ''; then four per group: name; when it was last seen, in ms; of its dead letters
+--          that of the last one looked at, or '', and the id of the first event that one of these needs, or ''
 -- RETURNS  {OK, removed, length, pin, by whom, {group, newly lost, …}, {group, when it will keep nothing, …}, {who keeps nothing
 --          any more, …}} | {AGAIN}: other groups, or many more dead letters, than those given | {NONE}: no such log
 --          pin: the id behind which something that might go is kept, or ''
