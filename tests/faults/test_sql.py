@@ -79,7 +79,11 @@ class Victims:
         """Others that nobody kills any more."""
         for _, child in self._running:
             child.end()
-        return [self._crew.run("-m", "tests.sql.shop", *kind) for kind in kinds]
+        return [self._started(self._crew.run("-m", "tests.sql.shop", *kind)) for kind in kinds]
+
+    def _started(self, child: Child) -> Child:
+        self._crew.until(lambda: child.pid in self._crew.up(), f"process {child.pid} does not start", PATIENT_S)
+        return child
 
     def _new(self, kind: tuple[str, ...]) -> Child:
         environment = {}

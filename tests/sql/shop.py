@@ -16,7 +16,8 @@ import signal
 import sqlite3
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -128,12 +129,19 @@ def book(connection: Any, key: str) -> None:
     connection.commit()
 
 
+@asynccontextmanager
+async def joined(_: App) -> AsyncIterator[None]:
+    """From here on a signal drains the process."""
+    Pen(os.environ["FAULTS_JOURNAL"]).write("up")
+    yield
+
+
 def relay() -> None:
-    App("shop", include=[outbox.relay(connect, poll="50ms")]).run()
+    App("shop", include=[outbox.relay(connect, poll="50ms")], lifespan=joined).run()
 
 
 def handle() -> None:
-    app, pen = App("workers"), Pen(os.environ["FAULTS_JOURNAL"])
+    app, pen = App("workers", lifespan=joined), Pen(os.environ["FAULTS_JOURNAL"])
 
     @app.subscriber(tasks, "work", retry=Retry(1_000, first="20ms", max="200ms"))
     def work(event: Task, delivery: Delivery[Task]) -> None:

@@ -108,9 +108,7 @@ async def publishing(delivery: Delivery[OrderPlaced]) -> None:
     (await app.publish_at(placed, "5m")).offset  # mistake: it has no position yet
     app.blocking().publish(Charged(order_id="o-1"), to=orders)  # mistake: the stream does not carry this type
     await app.blocking().publish(placed)  # mistake: it blocks, there is nothing to await
-    app.blocking().publish_many(
-        [placed, Charged(order_id="o-1")], to=orders
-    )  # mistake: one of them does not belong here
+    app.blocking().publish_many([placed, Charged(order_id="o-1")], to=orders)  # mistake: one does not belong here
     await app.publish_many([placed, Charged(order_id="o-1")], to=orders)  # mistake: one of them does not belong here
     app.publish(placed).partition  # mistake: not awaited
     delivery.publish(Charged(order_id="o-1"), to=orders)  # mistake: the stream does not carry this type
