@@ -16,7 +16,6 @@ import pytest
 
 from millstream import App
 from millstream.brokers.base import Broker, GroupInfo, StreamInfo
-from millstream.brokers.portion import MAX_LARGE
 from tests.faults import mill, shop
 from tests.faults.conftest import LONG, LONG_S
 from tests.faults.mill import CHUNK, GROUP, bags_of
@@ -231,10 +230,8 @@ def test_a_stream_that_is_full_holds_up_who_publishes_to_it_and_nothing_is_lost_
     )
     record_property("most", most)
     assert info.added == len(expected), "some are there twice"
-    # Redis lets the outputs of one event past the ceiling together, three bags where there is room for one; in order
-    # those of one commit.
-    beyond = MAX_LARGE if order == "key" else 2
-    assert 0.8 * CEILING <= most <= CEILING + beyond, "it was never full, or more than full"
+    # Redis lets the outputs of one event past the ceiling together: three bags where there is room for one.
+    assert 0.8 * CEILING <= most <= CEILING + 2, "it was never full, or more than full"
 
 
 @IN_BOTH_ORDERS

@@ -59,9 +59,9 @@ def dead(reason: str = "failed") -> Dead:
     return Dead(reason, "broken")
 
 
-def stored(window: Window, *, emptied: str = "", room: bool = True) -> Commit:
+def stored(window: Window, *, emptied: str = "", room: bool = True, alone: bool = False) -> Commit:
     """What there is to commit, stored."""
-    commit = window.commit(room=room)
+    commit = window.commit(room=room, alone=alone)
     assert commit is not None
     window.answered(Committed(State.STORED, frozenset(emptied)))
     return commit

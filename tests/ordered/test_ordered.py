@@ -22,6 +22,7 @@ from tests.ordered.scripted import (
     refuses,
     settlement,
     waits,
+    works,
 )
 
 DOWN = BrokerDown("nobody answers")
@@ -90,6 +91,23 @@ async def test_a_full_broker_stores_what_needs_no_room_of_all_partitions_before_
     assert await place.mails() == [] and [part.w for part in place.group.parts] == [0, 0]
     assert await consumer.settle(settlements) == mailing  # what was stored already is not ours any more
     assert await place.mails() == ["sent", "sent"] and [part.w for part in place.group.parts] == [2, 2]
+
+
+async def test_outputs_of_several_events_without_room_together_are_stored_event_by_event_while_there_is_some() -> None:
+    place = await opened()
+    consumer, script = await place.member()
+    await place.publish("abc")
+    claims = await consumer.fetch(10, 0)
+    for fault in (answers([Committed(State.FULL)]), works, answers([Committed(State.FULL)])):
+        script.next("commit", fault)
+    with pytest.raises(BrokerFull):
+        await consumer.settle([settlement(claim, mail=claim.stored.record.key) for claim in claims])
+    assert [commit.several for [commit] in script.asked("commit")] == [True, False, False]
+    assert await place.mails() == ["a"] and place.group.parts[0].w == 1
+    assert (
+        await consumer.settle([settlement(claim, mail=claim.stored.record.key) for claim in claims[1:]]) == [True] * 2
+    )
+    assert await place.mails() == ["a", "b", "c"]
 
 
 async def test_without_room_for_dead_letters_the_event_waits_and_its_outcome_is_taken() -> None:

@@ -333,6 +333,22 @@ def test_the_same_commit_is_sent_until_it_is_answered() -> None:
     assert (commit.w, commit.seq, written(commit.effects)) == ("3", 2, ["bury 1", "output 3"])
 
 
+def test_a_commit_of_one_event_alone_takes_all_that_it_published_and_nothing_of_the_next() -> None:
+    window = handed_out("abcd")
+    settle(window, 1, None, [output(1), output(11)])
+    settle(window, 2)
+    settle(window, 3, None, [output(3)])
+    settle(window, 4)
+    together = window.commit()
+    assert together is not None and together.several and together.w == "4"
+    window.answered(FULL)
+    commit = stored(window, alone=True)
+    assert (written(commit.effects), commit.several) == (["output 1", "output 11"], False)
+    assert (commit.w, commit.h, commit.open) == ("2", "4", ["3"])
+    rest = stored(window, alone=True)
+    assert (written(rest.effects), rest.several, rest.w) == (["output 3"], False, "4")
+
+
 def test_a_full_broker_gets_what_needs_no_room_and_w_stays_before_the_rest() -> None:
     window = handed_out("abcde")
     settle(window, 1)

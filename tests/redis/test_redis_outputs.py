@@ -175,6 +175,16 @@ async def test_the_outputs_of_one_event_may_pass_a_ceiling_together(server: Redi
 
 
 @both_modes
+async def test_the_outputs_of_several_events_pass_a_ceiling_no_further_than_those_of_one(
+    server: RedisServer, order: bool
+) -> None:
+    async with consuming(server, order, 6, Policy(ceiling_events=4)) as (broker, consumer, claims):
+        with pytest.raises(BrokerFull, match=r"'mails' .* ceiling of 4 events"):
+            await consumer.settle([settled(claim, mails(2)) for claim in claims[:3]] + [settled(claims[3], mails(4))])
+        assert await stored(broker) == [2, 2]
+
+
+@both_modes
 @both_ways
 async def test_an_id_that_is_remembered_is_not_stored_again(server: RedisServer, order: bool, way: str) -> None:
     async with consuming(server, order, 4, DEDUPE, way) as (broker, consumer, claims):

@@ -139,6 +139,9 @@ class Commit(Struct, frozen=True):
     retried: int
     cleared: Sequence[str]
     """Events whose notes go."""
+    several: bool = False
+    """What needs room follows from several events: none of it is to go past a ceiling. Of one event it may, for it is never
+    parted, and might fit in no other way."""
 
 
 class State(Enum):

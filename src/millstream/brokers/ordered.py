@@ -431,9 +431,10 @@ class OrderedConsumer:
         """Store what there is to store of these windows; raises `BrokerFull` after all that needs no room was stored."""
         async with self._committing:
             full: dict[Window, str] = {}
+            alone: set[Window] = set()  # where several events have no room together, one may
             todo = [window for window in windows if self._has(window)]
             while todo:
-                todo = await self._commit_once(todo, full)
+                todo = await self._commit_once(todo, full, alone)
             if full:
                 why = next(filter(None, full.values()), "the broker takes no more")
                 raise BrokerFull(f"no room for outputs or dead letters of group {self._subscription.group!r}: {why}")
@@ -446,9 +447,11 @@ class OrderedConsumer:
                 self._wake()
                 return
 
-    async def _commit_once(self, windows: Sequence[Window], full: dict[Window, str]) -> list[Window]:
+    async def _commit_once(
+        self, windows: Sequence[Window], full: dict[Window, str], alone: set[Window]
+    ) -> list[Window]:
         ledger = await self._living()
-        made = [(window, window.commit(room=window not in full)) for window in windows]
+        made = [(window, window.commit(room=window not in full, alone=window in alone)) for window in windows]
         commits = [(window, commit) for window, commit in made if commit is not None]
         if not commits:
             self._rouse(windows)
@@ -459,7 +462,7 @@ class OrderedConsumer:
             self._end(ledger, error)
             return []
         again: list[Window] = []
-        for (window, _), answer in zip(commits, answers, strict=True):
+        for (window, commit), answer in zip(commits, answers, strict=True):
             if answer.state is State.LOST:
                 self._lose(window)
                 continue
@@ -469,6 +472,8 @@ class OrderedConsumer:
                     BrokerFull(f"no room for more dead letters of {self._subscription.group!r}: their keys wait")
                 )
                 window.bury_later(int(ledger.now_ms + DEAD_FULL_S * 1000))
+            elif answer.state is State.FULL and commit.several:
+                alone.add(window)
             elif answer.state is State.FULL:
                 if window in full:
                     continue  # there is no room for anything at all

@@ -16,10 +16,16 @@ MAX_LARGE_BYTES = 1_048_576
 
 
 class Portion:
-    """That of one commit. Past the first that it does not take, it takes no more; without `room`, none at all."""
+    """That of one commit. Past the first that it does not take, it takes no more; without `room`, none at all.
 
-    def __init__(self, *, room: bool = True) -> None:
+    With `alone`, one event is all: what has no room together may have it one by one.
+    """
+
+    def __init__(self, *, room: bool = True, alone: bool = False) -> None:
+        self.events = 0
+        """How many of those that it took need room."""
         self._open = room
+        self._alone = alone
         self._count = self._size_bytes = 0
 
     def takes(self, effects: Sequence[Effect]) -> bool:
@@ -27,10 +33,11 @@ class Portion:
         large = [effect for effect in effects if isinstance(effect, NEEDS_ROOM)] if effects else ()
         if not large or not self._open:
             return not large
-        first = not self._count
         self._count += len(large)
         self._size_bytes += sum(map(_size_bytes, large))
-        self._open = first or (self._count <= MAX_LARGE and self._size_bytes <= MAX_LARGE_BYTES)
+        within = self._count <= MAX_LARGE and self._size_bytes <= MAX_LARGE_BYTES
+        self._open = not self.events or (within and not self._alone)
+        self.events += self._open
         return self._open
 
 

@@ -262,17 +262,18 @@ class Window:
 
     # Committing.
 
-    def commit(self, *, room: bool = True) -> Commit | None:
+    def commit(self, *, room: bool = True, alone: bool = False) -> Commit | None:
         """What is to be stored now; None when there is nothing. The same again until it is answered.
 
         Without `room`, what a full broker would refuse stays out, and so do the events that it belongs to. With it, the
-        outputs and dead letters of so many events come in as one commit takes: of one at least, for they are never parted.
+        outputs and dead letters of so many events come in as one commit takes: of one at least, for they are never parted, and
+        of no more when it is to go `alone`.
         """
         if self._sending is not None:
             return self._sending.commit
         if self.catching_up:
             return None
-        portion = Portion(room=room)
+        portion = Portion(room=room, alone=alone)
         passed = list(takewhile(lambda slot: _coverable(slot, portion), self._slots.values()))
         covered = [slot for slot in passed if slot.phase is Phase.SETTLED]
         heads = [ended for ended in self._ended if portion.takes(ended.effects)]
@@ -296,6 +297,7 @@ class Window:
             sum(end.handled for end in ends),
             sum(end.retried for end in ends),
             [slot.offset for slot in covered if slot.claim.suspect],
+            portion.events > 1,
         )
         self._sending = _Sending(commit, passed, covered, heads)
         return commit

@@ -77,8 +77,8 @@ class Staged:
         self._placed: dict[tuple[str, int], tuple[int, ...]] = {}
         self._logs: dict[str, int] = {}
 
-    def add(self, output: Output) -> tuple[int | str | bool, ...]:
-        """The words for one more."""
+    def add(self, output: Output, *, bounded: bool = False) -> tuple[int | str | bool, ...]:
+        """The words for one more; `bounded`: with those before it, it may not go past a ceiling."""
         record = output.record
         target = output.stream, record.partition
         placed = self._placed.get(target)
@@ -90,7 +90,7 @@ class Staged:
         blob = len(self._blobs) + 1
         self._blobs += entry.write(record)[1::2]
         due = "" if record.due_ms is None else str(record.due_ms)  # scripts write a large number with an exponent
-        return *placed, due, output.derived, blob
+        return *placed, due, output.derived, blob, bounded
 
     def _counted(self, known: Known) -> int:
         """Where the logs of a stream with a ceiling begin among the keys: once for all its partitions."""

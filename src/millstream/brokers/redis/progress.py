@@ -63,7 +63,8 @@ def call(
     packed = [_pack(effects), b""]
     if targets is not None:
         staged = Staged(targets, len(keys), blobs)
-        packed[1] = _pack([staged.add(effect) for effect in commit.effects if isinstance(effect, Output)])
+        outputs = [effect for effect in commit.effects if isinstance(effect, Output)]
+        packed[1] = _pack([staged.add(output, bounded=commit.several) for output in outputs])
         keys += staged.keys
     return keys, (*who, *progress, partition, MAX_DEAD, " ".join(commit.cleared), *packed, *blobs)
 

@@ -11,7 +11,7 @@
 -- RETURNS  the offset; of an id that is remembered the first one's, which may be `later` | 'later': kept aside
 --          | {err = …}: OOM …; FULL ids; FULL events; FULL bytes; WRONGTYPE …: nothing was written for this record
 -- ALSO     policy_at(n): the policy whose six numbers begin at ARGV[n], in this order
---          room(first, policy, id, due, checked): why a record could not be stored now, as {err = …}, or nil. Writes
+--          room(first, policy, id, due, checked, more): why a record could not be stored now, as {err = …}, or nil. Writes
 --          nothing: for records that are stored together, or not at all
 -- Why      Ids are remembered in three hashes that are used in turn, each for half a window of the server's time and then
 --          for a whole one: an id is known for a window at least, and for one and a half at most. Deleting single ids would
@@ -91,10 +91,10 @@ do
     return lengths[logs]
   end
 
-  local function full(target, looks, aside)
+  local function full(target, looks, aside, more)
     if looks and target.max_ids > 0 and target.ids >= target.max_ids then return {err = 'FULL ids'} end
     if aside or target.ceiling <= 0 and not target.full_at then return end
-    local events = length(target)
+    local events = length(target) + (more or 0)
     if target.ceiling > 0 and events >= target.ceiling then return {err = 'FULL events'} end
     if target.full_at and events >= target.full_at then return {err = 'FULL bytes'} end
   end
@@ -132,11 +132,11 @@ do
     target.ids = target.ids + 1
   end
 
-  function room(first, policy, id, due, checked)
+  function room(first, policy, id, due, checked, more)
     local target = targets[first] or met(first, policy)
     if target.wrong then return target.wrong end
     local looks = target.half > 0 and id ~= '' and not checked
-    if not (looks and remembered(target, id)) then return full(target, looks, ahead(due)) end
+    if not (looks and remembered(target, id)) then return full(target, looks, ahead(due), more) end
   end
 
   function store(first, policy, fields, due, checked, admitted)
