@@ -266,8 +266,8 @@ class Window:
         """What is to be stored now; None when there is nothing. The same again until it is answered.
 
         Without `room`, what a full broker would refuse stays out, and so do the events that it belongs to. With it, the
-        outputs and dead letters of so many events come in as one commit takes: of one at least, for they are never parted, and
-        of no more when it is to go `alone`.
+        outputs and dead letters of so many events come in as one commit takes: of one at least, for they are never
+        parted, and of no more when it is to go `alone`.
         """
         if self._sending is not None:
             return self._sending.commit
