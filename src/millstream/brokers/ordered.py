@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
 from millstream.brokers.base import Claim, Kept, Position, Settlement, Subscription
-from millstream.brokers.ledger import Cursor, Grant, Lease, Ledger, State, View
+from millstream.brokers.ledger import Commit, Cursor, Grant, Lease, Ledger, State, View
 from millstream.brokers.share import share
 from millstream.brokers.window import Window
 from millstream.clock import Clock
@@ -31,6 +31,29 @@ LEAST_OF_A_KEY = 8  # events are handed out at once, and more only if a fetch as
 TRUST = 0.75  # of the lease: past it, others may have taken over, and what is handed out may be settled already
 FULL_TOLD_S = 1.0  # a partition that waits since too much is parked says so this often, at most
 LEAST_WAIT_S = 0.001  # due times are whole milliseconds
+
+
+class _Refused:
+    """What had no room in one round of commits, and what is tried for it next."""
+
+    def __init__(self) -> None:
+        self.full: dict[Window, str] = {}
+        """Only what needs no room is stored of these; and why."""
+        self._alone: set[Window] = set()
+
+    def commit(self, window: Window) -> Commit | None:
+        """What is to be stored next."""
+        return window.commit(room=window not in self.full, alone=window in self._alone)
+
+    def add(self, window: Window, commit: Commit, why: str) -> bool:
+        """A commit had no room. False when there is none for anything at all."""
+        if commit.several:  # together they have none; one event may
+            self._alone.add(window)
+        elif window in self.full:
+            return False
+        else:
+            self.full[window] = why
+        return True
 
 
 class OrderedConsumer:
@@ -430,13 +453,12 @@ class OrderedConsumer:
     async def _commit(self, windows: Iterable[Window]) -> None:
         """Store what there is to store of these windows; raises `BrokerFull` after all that needs no room was stored."""
         async with self._committing:
-            full: dict[Window, str] = {}
-            alone: set[Window] = set()  # where several events have no room together, one may
+            refused = _Refused()
             todo = [window for window in windows if self._has(window)]
             while todo:
-                todo = await self._commit_once(todo, full, alone)
-            if full:
-                why = next(filter(None, full.values()), "the broker takes no more")
+                todo = await self._commit_once(todo, refused)
+            if refused.full:
+                why = next(filter(None, refused.full.values()), "the broker takes no more")
                 raise BrokerFull(f"no room for outputs or dead letters of group {self._subscription.group!r}: {why}")
 
     def _rouse(self, windows: Iterable[Window]) -> None:
@@ -447,11 +469,9 @@ class OrderedConsumer:
                 self._wake()
                 return
 
-    async def _commit_once(
-        self, windows: Sequence[Window], full: dict[Window, str], alone: set[Window]
-    ) -> list[Window]:
+    async def _commit_once(self, windows: Sequence[Window], refused: _Refused) -> list[Window]:
         ledger = await self._living()
-        made = [(window, window.commit(room=window not in full, alone=window in alone)) for window in windows]
+        made = [(window, refused.commit(window)) for window in windows]
         commits = [(window, commit) for window, commit in made if commit is not None]
         if not commits:
             self._rouse(windows)
@@ -472,11 +492,6 @@ class OrderedConsumer:
                     BrokerFull(f"no room for more dead letters of {self._subscription.group!r}: their keys wait")
                 )
                 window.bury_later(int(ledger.now_ms + DEAD_FULL_S * 1000))
-            elif answer.state is State.FULL and commit.several:
-                alone.add(window)
-            elif answer.state is State.FULL:
-                if window in full:
-                    continue  # there is no room for anything at all
-                full[window] = answer.why
-            again.append(window)
+            if answer.state is not State.FULL or refused.add(window, commit, answer.why):
+                again.append(window)
         return [window for window in again if self._has(window)]
