@@ -8,11 +8,11 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint bench api lock redis postgres compiler clean
+.PHONY: help demo test lint bench bench-gate bench-peers api lock redis postgres compiler hiredis clean
 
 help: ## list the targets
 	@echo "make TARGET [ARGS=\"…\"]"
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: $(READY) ## watch real flight events flow; ARGS="--events 20000 --speed max -o json"
 	@$(BIN)/millstream demo $(ARGS)
@@ -25,8 +25,14 @@ lint: $(READY) ## check format, rules and types
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy
 
-bench: $(READY) redis ## measure, beside the server's own limit
+bench: $(READY) redis hiredis ## measure, beside the engine's own limit; ARGS="handle latency --broker redis"
 	@$(BIN)/python benchmarks/run.py $(ARGS)
+
+bench-gate: $(READY) redis hiredis ## fail where we fell below 85 % of the recorded ratios to the limit
+	@$(BIN)/python benchmarks/run.py --gate $(ARGS)
+
+bench-peers: $(READY) redis hiredis ## measure, and other frameworks beside us, each in an environment of its own
+	@$(BIN)/python benchmarks/run.py --broker redis $(ARGS) --peers
 
 api: $(READY) ## write tests/public_api.txt anew, after the public API was changed on purpose
 	@$(BIN)/python -m tests.public_api > tests/public_api.txt.new
@@ -47,6 +53,9 @@ postgres:
 
 compiler:
 	@scripts/compiler.sh
+
+hiredis:
+	@scripts/hiredis.sh
 
 # The stamp is written last: a setup that was cut off is done again.
 $(READY): requirements.lock pyproject.toml scripts/setup.sh

@@ -1,257 +1,118 @@
-"""How fast is it here? Events of 200 bytes through one process, beside what the engine itself can do in the same minutes.
+"""How fast is it here? Events of 200 bytes through one process, beside what the engine can do in the same minutes.
 
-    python benchmarks/run.py [--events 200000] [--rounds 3] [--broker redis|sqlite|both] [-o table|json]
+    python benchmarks/run.py [SCENARIO …] [--broker redis|sqlite|memory|both|all] [--events 200000] [--size 200]
+        [--rounds 3] [--long] [--peers [NAME …]] [-o table|markdown|json] [--svg FILE] [--record | --gate]
 
-The Redis server is its own, on a free port, and keeps nothing on disk. Each round runs everything once, so that a machine
-that gets slower does so for all; the medians are shown. No figure is shown unless every event was handled, each exactly
-once, and the broker says that the group has nothing left.
-
-- `XADD`: redis-benchmark, the fields of a whole event in each entry; one connection with 64 commands in flight, and the
-  better of two ways with many. Where redis-benchmark is not installed, these are left out.
-- `publish_many`: from the first event to the last confirmed position.
-- `handler`: a handler that takes the event alone, from the start of the worker to the end of its drain.
-- `handler, all`: the same with the delivery, a dependency that is a generator, and a timeout.
-- `handler, by key`: as `handler`, in the order of 9,973 keys in 8 partitions.
-- `1,000 keys`: the same with 1,000 keys; and `one fails`: one of them fails and waits, and the others are counted.
+Each run is a process of its own against an empty broker. Each round runs everything once, so that a machine that gets
+slower does so for all; the medians are shown, and a ratio is one of medians. The Redis server is its own, on a free
+port, and keeps nothing on disk; the commits of SQLite are durable. `--record` writes the figures to recorded.json, and
+`--gate` compares what is there with what is now. README.md, beside this file, says how to read the table.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import csv
 import json
-import logging
-import shutil
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import uvloop
-from redis import Redis
-
-from millstream import App, Delivery, Depends, Event, Retry, Settings, Stream
+from benchmarks import figures, record
+from benchmarks.chart import chart
+from benchmarks.figures import Line
+from benchmarks.others import PEERS
+from benchmarks.rounds import Rounds
+from benchmarks.scenarios import CORE, SCENARIOS
 from tests.servers import RedisServer, find
 
-DATA_BYTES = 200
-TARGETS = {("redis", "publish_many"): 150_000, ("redis", "handler"): 150_000}
-KEYS, POISON = 1_000, 7
-HANDLED_WITHIN_S = 300.0
+BROKERS = {"both": ("redis", "sqlite"), "all": figures.OURS}
+MIN_BYTES, MAX_BYTES = 64, 1_000_000
+
+OUTPUTS: dict[str, Callable[[Sequence[Line]], str]] = {
+    "table": figures.table,
+    "markdown": figures.markdown,
+    "json": lambda lines: json.dumps(figures.as_json(lines), indent=1),
+}
 
 
-class Sale(Event, type="bench.sale"):
-    number: int
-    customer: str
-    article: str
-    cents: int
-    remark: str
+def main(words: Sequence[str] | None = None) -> int:
+    options = _options(words)
+    recorded = _recorded(options.file) if options.gate else {}
+    brokers = BROKERS.get(options.broker, (options.broker,))
+    lines = measured(options, brokers)
+    print(OUTPUTS[options.output](lines))
+    if options.svg is not None:
+        options.svg.write_text(chart([line for line in lines if _belongs_on_chart(line)]))
+    if options.record:
+        record.save(options.file, lines, options.rounds, find("7") if "redis" in brokers else None)
+    slower = record.complaints(recorded, lines) if options.gate else []
+    for complaint in slower:
+        print(f"slower: {complaint}", file=sys.stderr)
+    ours_failed = any(line.missing and line.who in figures.OURS for line in lines)
+    return 1 if slower or ours_failed else 0
 
 
-sales = Stream("sales", Sale)
-visits = Stream("visits", Sale, key="customer")
-counters = Stream("counters", Sale, key=lambda sale: sale.number % KEYS)
-
-
-def sale(number: int) -> Sale:
-    return Sale(number=number, customer=f"c-{number % 9973:06}", article="a-000731", cents=1999, remark="-" * 115)
-
-
-class Count:
-    """How often each event was handled."""
-
-    def __init__(self, events: int) -> None:
-        self.times = bytearray(events)
-        self.left = events
-        self.finished = asyncio.Event()
-
-    def handled(self, number: int) -> None:
-        self.times[number] += 1
-        self.left -= 1
-        if not self.left:
-            self.finished.set()
-
-
-def plain(url: str, namespace: str, count: Count) -> App:
-    app = App("bench", broker=url, settings=Settings.load(namespace=namespace))
-
-    @app.subscriber(sales, "handler", timeout="never")
-    async def handle(event: Sale) -> None:
-        count.handled(event.number)
-
-    return app
-
-
-def by_key(url: str, namespace: str, count: Count) -> App:
-    app = App("bench", broker=url, settings=Settings.load(namespace=namespace))
-
-    @app.subscriber(visits, "by-key", timeout="never")
-    async def handle(event: Sale) -> None:
-        count.handled(event.number)
-
-    return app
-
-
-def thousand(url: str, namespace: str, count: Count, *, poison: bool = False) -> App:
-    """In the order of a thousand keys; the events of one may fail, and are tried again after the run."""
-    app = App("bench", broker=url, settings=Settings.load(namespace=namespace))
-
-    @app.subscriber(counters, "poisoned" if poison else "healthy", timeout="never", retry=Retry(first="1h"))
-    async def handle(event: Sale) -> None:
-        if poison and event.number % KEYS == POISON:
-            raise RuntimeError("nothing helps")
-        count.handled(event.number)
-
-    return app
-
-
-def a_session() -> Iterator[object]:
-    yield None
-
-
-def whole(url: str, namespace: str, count: Count) -> App:
-    app = App("bench", broker=url, settings=Settings.load(namespace=namespace))
-
-    @app.subscriber(sales, "all", timeout="30s")
-    async def handle(event: Sale, delivery: Delivery, session: Annotated[object, Depends(a_session)]) -> None:
-        count.handled(event.number)
-
-    return app
-
-
-async def publish(url: str, namespace: str, events: int, to: Stream[Sale] = sales) -> float:
-    app = App("bench", broker=url, streams=[to], settings=Settings.load(namespace=namespace))
-    prepared = [sale(number) for number in range(events)]
-    async with app:
-        began = time.perf_counter()
-        positions = await app.publish_many(prepared, to=to)
-        seconds = time.perf_counter() - began
-        (info,) = (info for info in await app.broker.admin.streams() if info.spec.name == to.name)
-    check("published", [len(set(positions)), info.events], events)
-    return seconds
-
-
-async def handle(
-    make: Callable[[str, str, Count], App], url: str, namespace: str, events: int, failing: int = 0
-) -> float:
-    """Seconds until all events were handled, but for those that are to fail."""
-    count = Count(events)
-    count.left -= failing
-    app = make(url, namespace, count)
-    began = time.perf_counter()
-    async with app.worker(), asyncio.timeout(HANDLED_WITHIN_S):
-        await count.finished.wait()
-    seconds = time.perf_counter() - began
-    async with app:
-        (group,) = app.groups()
-        (info,) = (info for info in await app.broker.admin.groups(group.stream.name) if info.group == group.name)
-    check("handled", [count.times.count(1), info.done], events - failing)
-    check("left", [info.lag, info.dead], 0)
-    check("waiting", [info.pending], failing)
-    return seconds
-
-
-def check(what: str, found: list[int | None], expected: int) -> None:
-    if any(number != expected for number in found):
-        raise SystemExit(f"{what}: {found}, expected {expected} each: no figures")
-
-
-def engine(port: int, events: int, clients: int, pipeline: int) -> float | None:
-    """Entries a second, by redis-benchmark."""
-    binary = shutil.which("redis-benchmark") or shutil.which("redis-benchmark", path=str(Path(find("7")).parent))
-    if binary is None:
-        return None
-    fields = {"id": "0" * 21, "type": "bench.sale", "source": "bench", "time": "", "subject": "", "headers": ""}
-    entry = [word for pair in fields.items() for word in pair] + ["data", "x" * DATA_BYTES]
-    options = ["-p", str(port), "-n", str(events), "-c", str(clients), "-P", str(pipeline), "--csv"]
-    ran = subprocess.run([binary, *options, "XADD", "engine", "*", *entry], capture_output=True, text=True, check=True)
-    return float(list(csv.reader(ran.stdout.splitlines()))[-1][1])
-
-
-class Bench:
-    """The rates of all rounds, by broker and scenario."""
-
-    def __init__(self, events: int) -> None:
-        self.events = events
-        self.rates: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
-
-    def engine(self, port: int) -> None:
-        one = engine(port, self.events, 1, 64)
-        many = [engine(port, self.events, 10, 256), engine(port, self.events, 50, 64)]
-        if one is not None:
-            self.rates["engine", "XADD, 1 connection, 64 in flight"].append(one)
-            self.rates["engine", "XADD, best of many connections"].append(max(rate or 0 for rate in many))
-
-    async def round(self, broker: str, url: str, namespace: str) -> None:
-        self._add(broker, "publish_many", await publish(url, namespace, self.events))
-        self._add(broker, "handler", await handle(plain, url, namespace, self.events))
-        self._add(broker, "handler, all", await handle(whole, url, namespace, self.events))
-        await publish(url, namespace, self.events, visits)
-        self._add(broker, "handler, by key", await handle(by_key, url, namespace, self.events))
-        await publish(url, namespace, self.events, counters)
-        self._add(broker, "by key, 1,000 keys", await handle(thousand, url, namespace, self.events))
-        failing = len(range(POISON, self.events, KEYS))
-        seconds = await handle(partial(thousand, poison=True), url, namespace, self.events, failing)
-        self._add(broker, "by key, 1,000 keys, one fails", seconds * self.events / (self.events - failing))
-
-    def _add(self, broker: str, scenario: str, seconds: float) -> None:
-        self.rates[broker, scenario].append(self.events / seconds)
-
-    def as_json(self) -> dict[str, Any]:
-        rows = [
-            {
-                "broker": broker,
-                "scenario": scenario,
-                "per_second": round(statistics.median(rates)),
-                "runs": [round(rate) for rate in rates],
-                "target": TARGETS.get((broker, scenario)),
-            }
-            for (broker, scenario), rates in self.rates.items()
-        ]
-        return {"events": self.events, "data_bytes": DATA_BYTES, "rows": rows}
-
-    def as_table(self) -> str:
-        lines = [f"{'':8}{'':36}{'events/s':>10}{'least':>10}{'most':>10}{'target':>10}"]
-        for row in self.as_json()["rows"]:
-            target = f"{row['target']:,}" if row["target"] else ""
-            figures = f"{row['per_second']:>10,}{min(row['runs']):>10,}{max(row['runs']):>10,}"
-            lines.append(f"{row['broker']:8}{row['scenario']:36}{figures}{target:>10}")
-        return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--events", type=int, default=200_000)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--broker", choices=["redis", "sqlite", "both"], default="both")
-    parser.add_argument("-o", "--output", choices=["table", "json"], default="table")
-    options = parser.parse_args()
-    logging.getLogger("millstream").setLevel(logging.ERROR)  # its warning that our server keeps nothing on disk
-    bench = Bench(options.events)
+def measured(options: argparse.Namespace, brokers: Sequence[str]) -> list[Line]:
+    """The lines of all rounds."""
     with ExitStack() as stack:
-        server = stack.enter_context(RedisServer.start("7")) if options.broker != "sqlite" else None
+        needed = "redis" in brokers or options.peers
+        port = stack.enter_context(RedisServer.start("7")).port if needed else None
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        runner = stack.enter_context(asyncio.Runner(loop_factory=uvloop.new_event_loop))
+        rounds = Rounds(options.events, options.size, port, folder)
         for number in range(options.rounds):
             print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
-            if server is not None:
-                bench.engine(server.port)
-                runner.run(bench.round("redis", server.url, f"r{number}"))
-                with Redis(port=server.port) as client:
-                    client.flushall()
-            if options.broker != "redis":
-                runner.run(bench.round("sqlite", f"sqlite:///{folder}/{number}.db", ""))
-    print(json.dumps(bench.as_json(), indent=2) if options.output == "json" else bench.as_table())
+            rounds.round(brokers, options.scenarios, options.peers)
+        return list(rounds.lines())
+
+
+def _options(words: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=", ".join(SCENARIOS))
+    parser.add_argument("--broker", choices=[*figures.OURS, *BROKERS], default="both")
+    parser.add_argument("--events", type=int, default=200_000)
+    parser.add_argument("--size", type=int, default=200, help="of an event's JSON, in bytes")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--long", action="store_true", help="the backlogs of 1M and 10M too: minutes, and 3 GB of memory"
+    )
+    parser.add_argument("--peers", nargs="*", metavar="NAME", help=f"all, or some of: {'; '.join(PEERS)}")
+    parser.add_argument("-o", "--output", choices=OUTPUTS, default="table")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the chart of the documentation")
+    parser.add_argument("--file", type=Path, default=record.RECORD, help="another record")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--record", action="store_true", help="write the record anew")
+    what.add_argument("--gate", action="store_true", help=f"fail below {record.LEAST} of a recorded ratio")
+    options = parser.parse_args(words)
+    options.peers = [] if options.peers is None else options.peers or list(PEERS)
+    options.scenarios = options.scenarios or (CORE if options.gate else _all(options.long))
+    unknown = [name for name in options.scenarios if name not in SCENARIOS]
+    unknown += [name for name in options.peers if name not in PEERS]
+    if unknown:
+        parser.error(f"unknown: {', '.join(unknown)}")
+    if not MIN_BYTES <= options.size <= MAX_BYTES or options.events < 1 or options.rounds < 1:
+        parser.error(f"--size is from {MIN_BYTES} to {MAX_BYTES:,}, --events and --rounds at least 1")
+    return options
+
+
+def _all(long: bool) -> list[str]:
+    return [name for name, scenario in SCENARIOS.items() if long or not scenario.long]
+
+
+def _recorded(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        raise SystemExit(f"{file} is not there yet: run with --record first")
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+def _belongs_on_chart(line: Line) -> bool:
+    return line.scenario in CORE if line.who in figures.OURS else True
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

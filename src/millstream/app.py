@@ -66,7 +66,7 @@ class App(Router):
         self._blocking = Blocking(
             lambda: self._client(None, Clock(), self.settings),  # a clock of its own: two threads may not share ids
             lambda: self._opened if self._opened is not None and self._opened.answers else None,
-            _loop_factory,
+            loop_factory,
         )
         self.include(*include)
 
@@ -232,7 +232,7 @@ class App(Router):
         A second signal cuts off what still runs. With `workers` above 1, that many processes, started by running the same
         command line again.
         """
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
             if workers > 1 and not is_child():
                 code = runner.run(Supervisor(workers, self.settings.grace_s, self.clock).run())
                 if code > 1:
@@ -367,7 +367,8 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
         yield error
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """What makes the event loop of a program that handles events."""
     try:
         import uvloop
     except ImportError:  # Windows

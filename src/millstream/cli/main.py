@@ -38,6 +38,7 @@ COMMANDS = {
     "key": ("keys", "Keys that wait: list, show, release, drop."),
     "replay": ("replay", "Let one group see events again."),
     "schedule": ("schedules", "List schedules, run one now."),
+    "bench": ("bench", "Measure how fast it is here."),
 }
 """Each command: its module in this folder, and what `--help` says about it."""
 

@@ -207,10 +207,13 @@ class Interrupt:
         self.asked.set()
 
 
-def run(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+def run(
+    work: Callable[[], Coroutine[Any, Any, T]], loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+) -> T:
     """Run a command's coroutine to its end. Work that was cut off counts as interrupted."""
     try:
-        return asyncio.run(work())
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
+            return runner.run(work())
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
 

@@ -1,0 +1,328 @@
+"""Our side: what Millstream does with so many events in each scenario, counted and timed.
+
+    result = await SCENARIOS["handle"].run("redis://localhost/0", "somewhere", 100_000, 200)
+
+Everything that is promised is paid for: full envelopes, typed decode, attempts counted, fenced settle. Events are made
+before the watch starts, and so is a backlog that is to be handled. Handling is timed from the start of the worker to the
+end of its drain. There is no result unless every event was handled exactly once and the broker says that the group has
+nothing left.
+
+Nothing here knows a terminal, or the limit of the engine. Two that pack their events will stand beside the others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from millstream.app import App
+from millstream.bench.meter import Cost, Meter
+from millstream.brokers.base import StreamInfo
+from millstream.clock import Clock
+from millstream.errors import BadSetting, BrokerError, MillstreamError
+from millstream.event import Event
+from millstream.retry import Batch
+from millstream.settings import Settings
+from millstream.stream import Position, Stream
+from millstream.units import MAX_EVENT_BYTES
+
+Load: TypeAlias = Literal["publish", "handle", "both", "latency"]
+"""What a scenario asks of the engine: what its limit is measured with."""
+
+Tell: TypeAlias = Callable[[int], None]
+"""Told now and then how many events are done."""
+
+GROUP = "bench"
+KEYS = 1_000
+BATCH = 500
+CALLERS = 1_000  # tasks that publish at the same time
+CHUNK = 50_000  # events that are made at once, before the watch runs
+LATENCY_RATE = 500  # events a second
+LATENCY_EVENTS = 2_500  # five seconds: enough for a p99
+WARM_UP = 100  # events whose latency does not count: the worker is just starting
+TELL_S = 0.1
+STALL_S = 30.0  # a worker that handles nothing for so long will not end by itself
+
+_FIRST = 100_000_000  # the number of the first event: all numbers have as many digits, all events the same size
+
+
+class Sale(Event, type="bench.sale"):
+    """What is published: five fields, the last of which makes it as large as wanted."""
+
+    id: int
+    who: str
+    what: str
+    cents: int
+    note: str
+
+
+sales = Stream("sales", Sale)
+keyed = Stream("keyed", Sale, key="who", partitions=8)
+
+
+def sale(number: int, note: str) -> Sale:
+    """The event of this number."""
+    return Sale(id=_FIRST + number, who=f"c{number % KEYS:03}", what="a7", cents=99, note=note)
+
+
+LEAST_BYTES = len(msgspec.json.encode(sale(0, "")))
+"""Of an event without a note."""
+
+
+class Miscounted(MillstreamError):
+    """Events were lost, or handled twice: there are no figures."""
+
+
+class Result(msgspec.Struct, frozen=True):
+    """What was found out about our side."""
+
+    scenario: str
+    events: int
+    rate: float
+    cost: Cost
+    bytes_per_event: float | None
+    """What the broker says that an event takes up; None where it does not know."""
+    p50_ms: float | None = None
+    """From the call of `publish` to the handler's first line."""
+    p99_ms: float | None = None
+
+
+class Count:
+    """How often each event was handled."""
+
+    __slots__ = ("finished", "left", "times")
+
+    def __init__(self, events: int) -> None:
+        self.times = bytearray(events)
+        self.left = events
+        self.finished = asyncio.Event()
+
+    def handled(self, event: Sale) -> None:
+        """One more."""
+        self.times[event.id - _FIRST] += 1
+        self.left -= 1
+        if not self.left:
+            self.finished.set()
+
+
+class Run:
+    """One run of a scenario: an app with its stream, and what happens there."""
+
+    def __init__(self, scenario: Scenario, url: str, namespace: str, events: int, size_bytes: int) -> None:
+        if not LEAST_BYTES <= size_bytes <= MAX_EVENT_BYTES:
+            raise BadSetting(f"an event of {size_bytes:,} bytes: from {LEAST_BYTES} to {MAX_EVENT_BYTES:,}")
+        if events < 1:
+            raise BadSetting(f"events={events!r}: at least 1")
+        self.stream = scenario.stream
+        self.events = events
+        self.count = Count(events)
+        self.called_s: dict[int, float] = {}
+        """When `publish` was called, by event."""
+        self.delays_ms: list[float] = []
+        self.app = App("bench", broker=url, streams=[self.stream], settings=Settings.load(namespace=namespace))
+        self.clock = Clock()
+        self._note = "-" * (size_bytes - LEAST_BYTES)
+        if scenario.subscribe is not None:
+            scenario.subscribe(self)
+
+    def made(self, at_once: int = CHUNK) -> Iterator[list[Sale]]:
+        """All events, in lists."""
+        events = (sale(number, self._note) for number in range(self.events))
+        while chunk := list(islice(events, at_once)):
+            yield chunk
+
+    async def publish(self, chunks: Iterable[list[Sale]], send: Send, meter: Meter, tell: Tell) -> None:
+        """Publish events with `send`, which returns their positions."""
+        done = 0
+        for chunk in chunks:
+            async with meter.running():
+                positions = await send(self, chunk)
+            done += len(chunk)
+            _check("published", [len(set(positions))], len(chunk))
+            tell(done)
+
+    async def finish(self, tell: Tell) -> None:
+        """Wait until all events were handled."""
+        left, since_s = self.count.left, self.clock.monotonic()
+        while not await self.clock.wait(self.count.finished, TELL_S):
+            tell(self.events - self.count.left)
+            if self.count.left != left:
+                left, since_s = self.count.left, self.clock.monotonic()
+            elif self.clock.monotonic() - since_s > STALL_S:
+                raise BrokerError(f"nothing was handled for {STALL_S:g} s, and {left:,} events are left")
+
+    async def checked(self) -> StreamInfo:
+        """The stream, when the broker agrees with what we have counted. Raises `Miscounted`."""
+        (info,) = (info for info in await self.app.broker.admin.streams() if info.spec.name == self.stream.name)
+        _check("stored", [info.events], self.events)
+        if self.app.groups():
+            (group,) = await self.app.broker.admin.groups(self.stream.name)
+            _check("handled", [self.count.times.count(1), group.done], self.events)
+            _check("left", [group.lag, group.pending, group.dead], 0)
+        return info
+
+
+Send: TypeAlias = Callable[[Run, list[Sale]], Awaitable[list[Position]]]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Something that Millstream does with many events."""
+
+    name: str
+    load: Load
+    work: Callable[[Run, Meter, Tell], Awaitable[None]]
+    subscribe: Callable[[Run], None] | None = None
+    stream: Stream[Sale] = sales
+    max_events: int | None = None
+
+    def limited(self, events: int) -> int:
+        """How many of so many events a run takes."""
+        return min(events, self.max_events or events)
+
+    async def run(
+        self,
+        url: str,
+        namespace: str,
+        events: int,
+        size_bytes: int,
+        *,
+        meter: Meter | None = None,
+        tell: Tell = lambda done: None,
+    ) -> Result:
+        """Run it in a namespace that has nothing of the kind, where it leaves its stream behind.
+
+        Raises `Miscounted` unless every event was handled exactly once, and what the broker raises.
+        """
+        meter = meter or Meter()
+        run = Run(self, url, namespace, self.limited(events), size_bytes)
+        async with run.app:
+            await self.work(run, meter, tell)
+            info = await run.checked()
+        delays_ms = sorted(run.delays_ms)
+        return Result(
+            self.name,
+            run.events,
+            run.events / meter.cost.seconds,
+            meter.cost,
+            None if info.bytes is None else info.bytes / run.events,
+            percentile(delays_ms, 0.5),
+            percentile(delays_ms, 0.99),
+        )
+
+
+# How events are published.
+
+
+async def _many(run: Run, events: list[Sale]) -> list[Position]:
+    return await run.app.publish_many(events, to=run.stream)
+
+
+async def _concurrently(run: Run, events: list[Sale]) -> list[Position]:
+    left, positions = iter(events), list[Position]()
+
+    async def call() -> None:
+        for event in left:
+            positions.append(await run.app.publish(event, to=run.stream))
+
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(CALLERS):
+            tasks.create_task(call())
+    return positions
+
+
+async def _publish_many(run: Run, meter: Meter, tell: Tell) -> None:
+    await run.publish(run.made(), _many, meter, tell)
+
+
+async def _publish_concurrent(run: Run, meter: Meter, tell: Tell) -> None:
+    await run.publish(run.made(), _concurrently, meter, tell)
+
+
+# How events are handled.
+
+
+async def _handle(run: Run, meter: Meter, tell: Tell) -> None:
+    await run.publish(run.made(), _many, Meter(), lambda done: None)
+    async with meter.running(), run.app.worker():
+        await run.finish(tell)
+
+
+async def _both(run: Run, meter: Meter, tell: Tell) -> None:
+    chunks = list(run.made())
+    async with meter.running(), run.app.worker():
+        await run.publish(chunks, _many, Meter(), lambda done: None)
+        await run.finish(tell)
+
+
+def _one_by_one(run: Run) -> None:
+    count = run.count
+
+    @run.app.subscriber(run.stream, GROUP, timeout="never")
+    async def handle(event: Sale) -> None:
+        count.handled(event)
+
+
+def _in_batches(run: Run) -> None:
+    count = run.count
+
+    @run.app.subscriber(run.stream, GROUP, batch=Batch(BATCH), timeout="never")
+    async def handle(events: list[Sale]) -> None:
+        for event in events:
+            count.handled(event)
+
+
+# How long an event takes.
+
+
+async def _latency(run: Run, meter: Meter, tell: Tell) -> None:
+    async with meter.running(), run.app.worker(), asyncio.TaskGroup() as tasks:
+        began_s = run.clock.monotonic()
+        for number, (event,) in enumerate(run.made(at_once=1)):
+            await run.clock.sleep(max(0.0, began_s + number / LATENCY_RATE - run.clock.monotonic()))
+            tasks.create_task(_publish_now(run, event))
+            tell(number)
+        await run.finish(tell)
+    del run.delays_ms[: min(WARM_UP, run.events // 2)]
+
+
+async def _publish_now(run: Run, event: Sale) -> None:
+    run.called_s[event.id] = run.clock.monotonic()
+    await run.app.publish(event, to=run.stream)
+
+
+def _timed(run: Run) -> None:
+    @run.app.subscriber(run.stream, GROUP, timeout="never")
+    async def handle(event: Sale) -> None:
+        run.delays_ms.append((run.clock.monotonic() - run.called_s.pop(event.id)) * 1_000)
+        run.count.handled(event)
+
+
+def percentile(ascending: list[float], share: float) -> float | None:
+    """The value below which this share of all lies; None where there are none."""
+    return ascending[int(share * (len(ascending) - 1))] if ascending else None
+
+
+def _check(what: str, found: list[int | None], expected: int) -> None:
+    if any(number != expected for number in found):
+        raise Miscounted(f"{what}: {found}, and {expected:,} each were expected: no figures")
+
+
+SCENARIOS = {
+    scenario.name: scenario
+    for scenario in (
+        Scenario("publish-many", "publish", _publish_many),
+        Scenario("publish-concurrent", "publish", _publish_concurrent),
+        Scenario("handle", "handle", _handle, _one_by_one),
+        Scenario("handle-ordered", "handle", _handle, _one_by_one, keyed),
+        Scenario("handle-batch", "handle", _handle, _in_batches),
+        Scenario("both", "both", _both, _one_by_one),
+        Scenario("latency", "latency", _latency, _timed, max_events=LATENCY_EVENTS),
+    )
+}
+"""Each by its name, in the order in which they are shown; `docs/commands.md` says what is timed."""
