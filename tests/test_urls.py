@@ -43,7 +43,7 @@ def test_another_package_can_add_a_scheme(monkeypatch: pytest.MonkeyPatch) -> No
     def entry_points(*, group: str, name: str) -> list[Any]:
         return [Found] if (group, name) == (ENTRY_POINTS, "mine") else []
 
-    monkeypatch.setattr("millstream.brokers.urls.entry_points", entry_points)
+    monkeypatch.setattr("importlib.metadata.entry_points", entry_points)
     assert broker("mine://there").url == "mine://there"
     with pytest.raises(BadSetting, match="other"):
         broker("other://there")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from typing import TypeAlias
 
 from millstream.brokers.base import Broker
@@ -49,6 +48,8 @@ def _factory(scheme: str, url: str) -> Factory:
             from millstream.brokers.memory.broker import MemoryBroker
 
             return MemoryBroker
+    from importlib.metadata import entry_points  # as much to load as a broker, and few have one of another package
+
     for found in entry_points(group=ENTRY_POINTS, name=scheme):
         factory: Factory = found.load()
         return factory

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import sqlite3
-from contextlib import closing
+from contextlib import closing, suppress
 from importlib.resources import files
 from pathlib import Path
 from types import TracebackType
@@ -66,6 +66,11 @@ class Turnstile:
             fcntl.flock(self._fd, fcntl.LOCK_UN)
             _give_way()  # to whom we have just let in; else we would be back before it has woken up
 
+    def touch(self) -> None:
+        """Wake those who wait, in all processes: see `touches.py`. Where that fails they look for themselves, later."""
+        with suppress(OSError):
+            os.utime(self._fd)
+
     def close(self) -> None:
         """Give it up. Nobody may be inside."""
         os.close(self._fd)
@@ -76,6 +81,7 @@ class File:
 
     def __init__(self, path: str, synchronous: Synchronous) -> None:
         self.path = os.path.realpath(path)
+        self.turnstile_path = f"{self.path}-turn"
         self.synchronous = synchronous
         self._identity: tuple[int, int] | None = None
 
@@ -102,7 +108,7 @@ class File:
     def turnstile(self) -> Turnstile:
         """The file's turnstile, opened anew. Raises `BrokerRefused` where nobody may write."""
         try:
-            return Turnstile(f"{self.path}-turn")
+            return Turnstile(self.turnstile_path)
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise BrokerFull(f"{self.path}: the disk is full, make room") from error

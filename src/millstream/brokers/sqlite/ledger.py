@@ -39,6 +39,7 @@ class SQLiteLedger:
         self._member: Member | None = None
         self._watch = Watch(subscription.lease_s)
         self._wakes = 0
+        self._turn = -1  # the partition that was read last
 
     @property
     def now_ms(self) -> float:
@@ -98,7 +99,10 @@ class SQLiteLedger:
         me, wakes, until_s = self._me, self._wakes, self._clock.monotonic() + wait_s
         while True:
             bell = self._broker.writer.bell
-            claims = await self._broker.reader.ask(lambda db: ordered.read(db, me, cursors, limit))
+            turn = self._turn
+            claims = await self._broker.reader.ask(lambda db: ordered.read(db, me, cursors, limit, turn))  # noqa: B023 - awaited
+            if claims:
+                self._turn = claims[-1].stored.position.partition
             left_s = until_s - self._clock.monotonic()
             if claims or left_s <= 0 or self._wakes != wakes:
                 return claims

@@ -3,6 +3,11 @@
 A stream without a policy costs one statement to find it, one per partition to find its end, one for all events and one for
 all ends. Ids are looked at first, so that a repeat needs no room; then the ceiling. What raises has stored nothing, since
 its transaction is rolled back.
+
+Of a 200-byte event among a thousand, 0.5 µs are its row and its position, 1.3 its INSERT, 0.7 the commit. The INSERT took
+2.3: for each None and each `bytes` it is given, `sqlite3` looks for an adapter and words two errors on finding none. So a
+row has neither: a `bytearray` is bound as it is, and SQL makes NULL of what is empty. Over 256 partitions the commit takes
+5 µs: SQLite writes whole pages, and the ends of that many partitions lie in as many.
 """
 
 from __future__ import annotations
@@ -28,9 +33,10 @@ class Ripe(NamedTuple):
 class _End:
     """Where the next event of a partition goes, while a request is being stored."""
 
-    __slots__ = ("bytes", "last", "last_ms")
+    __slots__ = ("base", "bytes", "last", "last_ms")
 
-    def __init__(self, last: int, last_ms: int, bytes: int) -> None:
+    def __init__(self, log_: int, last: int, last_ms: int, bytes: int) -> None:
+        self.base = log_ << log.SEQ_BITS
         self.last = last
         self.last_ms = last_ms
         self.bytes = bytes
@@ -125,15 +131,17 @@ def _put(db: Connection, stream: log.Known, records: Sequence[Record], now_ms: i
             end = ends[partition] = _end(db, stream.log(partition), now_ms)
         end.bytes += len(record.data) + len(record.headers)
         end.last += 1
-        row = log.first_row(stream.id, partition) | end.last
-        time_ms = record.time_ms or None
-        rows.append(
-            (row, record.id, record.type, record.source, end.last_ms, time_ms, record.key, record.headers, record.data)
+        row, key, headers, data = (
+            end.base | end.last,
+            record.key or "",
+            bytearray(record.headers),
+            bytearray(record.data),
         )
+        rows.append((row, record.id, record.type, record.source, end.last_ms, record.time_ms, key, headers, data))
         positions.append(Position(partition, str(end.last)))
     if rows:
         room.check(db, stream, len(rows))
-        db.executemany("INSERT INTO event VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+        db.executemany("INSERT INTO event VALUES (?, ?, ?, ?, ?, NULLIF(?, 0), NULLIF(?, ''), ?, ?)", rows)
         db.executemany(
             "UPDATE log SET last = ?, last_ms = ?, bytes = ? WHERE id = ?",
             [(end.last, end.last_ms, end.bytes, stream.log(partition)) for partition, end in ends.items()],
@@ -176,4 +184,4 @@ def _keep_aside(db: Connection, stream: log.Known, records: Sequence[Record]) ->
 
 def _end(db: Connection, log_: int, now_ms: int) -> _End:
     last, last_ms, bytes_ = db.execute("SELECT last, last_ms, bytes FROM log WHERE id = ?", (log_,)).fetchone()
-    return _End(last, max(last_ms, now_ms), bytes_)
+    return _End(log_, last, max(last_ms, now_ms), bytes_)
