@@ -9,7 +9,19 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from millstream.brokers.base import Confirm, Position, Record, Slot, Stored, Tended, Traits
+from millstream.brokers.base import (
+    Claim,
+    Confirm,
+    Consumer,
+    Position,
+    Record,
+    Settlement,
+    Slot,
+    Stored,
+    Subscription,
+    Tended,
+    Traits,
+)
 from millstream.brokers.memory.broker import MemoryBroker
 from millstream.settings import Settings
 from millstream.testing.clock import VirtualClock
@@ -47,6 +59,7 @@ class TestSQLiteBroker(Conformance):
         dedupe=True,
         retention=True,
         slots=True,
+        packs=True,
     )
 
     @pytest.fixture
@@ -63,7 +76,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
 class TestRedisBroker(Conformance):
     """On each version, within one server: every test has a namespace of its own."""
 
-    traits = Traits(order=True, delayed=True, atomic_outputs=True, dedupe=True, retention=True, slots=True)
+    traits = Traits(order=True, delayed=True, atomic_outputs=True, dedupe=True, retention=True, slots=True, packs=True)
 
     @pytest.fixture
     def place(self, server: RedisServer) -> Place:
@@ -76,11 +89,14 @@ def test_a_power_that_is_absent_has_no_test() -> None:
         traits = Traits(shared=False)
 
     class Strong(Conformance):
-        traits = Traits(order=True, delayed=True, atomic_outputs=True, dedupe=True, retention=True, slots=True)
+        traits = Traits(
+            order=True, delayed=True, atomic_outputs=True, dedupe=True, retention=True, slots=True, packs=True
+        )
 
     weak, strong = ({name for name in vars(cls) if name.startswith("test_")} for cls in (Weak, Strong))
     assert "test_who_was_taken_over_stores_no_output" in strong - weak
     assert "test_what_one_process_stores_another_sees" in strong - weak
+    assert "test_events_of_a_pack_die_alone_and_the_others_go_on" in strong - weak
     assert weak - strong == {
         "test_consuming_in_order_is_refused_by_name",
         "test_a_window_is_refused_by_a_broker_that_remembers_no_ids",
@@ -146,6 +162,34 @@ class Secretive(MemoryBroker):
         return replace(await super().tend(stream), lost={})
 
 
+class Wasteful(MemoryBroker):
+    """Forgets what is left of a pack."""
+
+    async def subscribe(self, subscription: Subscription) -> Consumer:
+        consumer = await super().subscribe(subscription)
+        fetch = consumer.fetch
+
+        async def whole(limit: int, wait_s: float) -> list[Claim]:
+            return [replace(claim, left=()) for claim in await fetch(limit, wait_s)]
+
+        consumer.fetch = whole  # type: ignore[method-assign]
+        return consumer
+
+
+class Careless(MemoryBroker):
+    """Keeps no dead letters of events of a pack."""
+
+    async def subscribe(self, subscription: Subscription) -> Consumer:
+        consumer = await super().subscribe(subscription)
+        settle = consumer.settle
+
+        async def bare(settlements: Sequence[Settlement]) -> list[bool]:
+            return await settle([replace(settlement, letters=()) for settlement in settlements])
+
+        consumer.settle = bare  # type: ignore[method-assign]
+        return consumer
+
+
 @pytest.mark.parametrize(
     ("broker", "test"),
     [
@@ -157,6 +201,12 @@ class Secretive(MemoryBroker):
         (Greedy, "test_events_that_a_group_has_not_seen_stay"),
         (Greedy, "test_events_that_an_ordered_group_has_not_settled_stay"),
         (Secretive, "test_losses_are_told_once_by_whoever_tends"),
+        (Wasteful, "test_of_a_pack_only_what_is_left_is_tried_again"),
+        (Wasteful, "test_of_a_pack_only_what_is_left_is_tried_again_in_order"),
+        (Wasteful, "test_what_is_left_of_a_pack_survives_a_release"),
+        (Wasteful, "test_what_is_left_of_a_pack_survives_the_release_of_its_key"),
+        (Careless, "test_events_of_a_pack_die_alone_and_the_others_go_on"),
+        (Careless, "test_events_of_a_pack_die_alone_and_the_others_go_on_in_order"),
     ],
 )
 def test_the_suite_fails_a_broker_that_breaks_its_promise(broker: type[MemoryBroker], test: str) -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from millstream.errors import WireError
 from millstream.units import MAX_EVENT_BYTES, MAX_HEADERS_BYTES, MAX_ID_CHARS, MAX_KEY_BYTES, MAX_TYPE_CHARS
-from millstream.wire.entry import FIELDS, Record, preview, read, write
+from millstream.wire import entry as wire
+from millstream.wire.entry import FIELDS, Record, preview, read, read_or_fault, read_page, write
 
 printable = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=64)
 records = st.builds(
@@ -148,3 +149,52 @@ def test_a_preview_is_short_printable_text(fields: list[bytes]) -> None:
     text = preview(fields)
     assert len(text) <= 256
     assert text.isprintable()
+
+
+@given(
+    st.lists(
+        records.map(lambda record: list(write(record))) | st.lists(st.binary(max_size=80), max_size=16), max_size=6
+    )
+)
+def test_a_page_is_what_its_entries_are_one_by_one(entries: list[list[bytes]]) -> None:
+    page = read_page(3, [(b"1693-%d" % number, fields) for number, fields in enumerate(entries)])
+    assert [offset for offset, _, _ in page] == [f"1693-{number}" for number in range(len(entries))]
+    for (offset, record, why), fields in zip(page, entries, strict=True):
+        assert (record, why) == read_or_fault(3, offset, fields)
+        if why:
+            assert not record.type and record.data == preview(fields).encode()
+        else:
+            assert record == read(fields, partition=3, offset=offset, stored_ms=1_693)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"time": b"+1"},
+        {"time": b""},
+        {"id": b""},
+        {"id": b"\xff"},
+        {"id": b"x" * (MAX_ID_CHARS + 1)},
+        {"type": b""},
+        {"type": b"\xff"},
+        {"type": b"x" * (MAX_TYPE_CHARS + 1)},
+        {"source": b"\xff"},
+        {"source": b"x" * 1_000},
+        {"subject": b"\xff"},
+        {"subject": b"x" * (MAX_KEY_BYTES + 1)},
+        {"headers": b"x" * (MAX_HEADERS_BYTES + 1)},
+        {"data": b"x" * (MAX_EVENT_BYTES + 1)},
+    ],
+)
+def test_a_page_takes_nothing_that_is_odd_or_over_a_limit_in_one_look(changes: dict[str, bytes]) -> None:
+    good, odd = entry(id=b"a", time=b"5"), entry(**({"id": b"b", "time": b"6"} | changes))
+    (_, first, _), (offset, record, why), (_, last, _) = read_page(3, [(b"7-0", good), (b"7-1", odd), (b"7-2", good)])
+    assert first == parse(good, 7) == last
+    assert (record, why) == read_or_fault(3, offset, odd)
+
+
+def test_many_names_are_not_remembered_for_ever() -> None:
+    for number in range(3_000):
+        ((_, record, _),) = read_page(0, [(b"1-0", entry(id=b"a", time=b"5", type=b"t-%d" % number))])
+        assert record.type == f"t-{number}"
+    assert len(wire._texts) <= wire._MAX_TEXTS

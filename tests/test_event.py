@@ -99,7 +99,7 @@ def test_a_class_without_a_name_is_a_base_class_and_inherits_none() -> None:
     assert field_names(Named) == ("order_id",)
 
 
-@pytest.mark.parametrize("name", ["", "a b", "ä", "a\n", "x" * 200, "order.v2", 7])
+@pytest.mark.parametrize("name", ["", "a b", "ä", "a\n", "x" * 200, "order.v2", "millstream.pack", 7])
 def test_an_unusable_name_is_refused_with_the_class(name: Any) -> None:
     with pytest.raises(BadEvent, match="Broken"):
 

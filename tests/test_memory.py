@@ -14,6 +14,7 @@ from millstream.brokers.base import (
     Dead,
     Done,
     Later,
+    Letter,
     Outcome,
     Output,
     Policy,
@@ -24,7 +25,7 @@ from millstream.brokers.base import (
     StreamSpec,
     Subscription,
 )
-from millstream.brokers.ledger import HELD_MS
+from millstream.brokers.ledger import HELD_MS, Bury
 from millstream.brokers.memory.broker import MemoryBroker
 from millstream.brokers.memory.letters import Letters
 from millstream.errors import BrokerFull, BrokerRefused, NotSupported
@@ -32,6 +33,7 @@ from millstream.settings import Settings
 from millstream.telemetry import Telemetry
 from millstream.testing.clock import VirtualClock
 from millstream.units import MAX_ERROR_CHARS
+from millstream.wire.packs import Columns, write
 
 ORDERS = StreamSpec("orders", partitions=3)
 LEASE_S = 10.0
@@ -97,11 +99,34 @@ async def test_no_more_dead_letters_than_the_limit_are_kept_of_a_partition(monke
     assert waiting.due_ms - broker.clock.now_ms() == pytest.approx(300_000, abs=1_000)
 
 
+@pytest.mark.parametrize("order", [False, True])
+async def test_without_room_for_letters_of_a_pack_these_events_wait_and_the_others_are_finished(
+    monkeypatch: pytest.MonkeyPatch, order: bool
+) -> None:
+    monkeypatch.setattr("millstream.brokers.memory.letters.MAX_DEAD", 2)
+    broker, clock = await opened()
+    consumer = await joined(broker, order=order)
+    columns = Columns([b"{}"] * 5, "order.placed")
+    await broker.append("orders", [write(columns, "none", partition=0, id_=f"pack{n}") for n in range(2)])
+    first, second = await consumer.fetch(2, 0)
+    letters = [Letter(k, record(), "failed") for k in (1, 3)]
+    assert await consumer.settle([Settlement(first.stored.position, Done(), letters=letters)]) == [True]
+    busy = Later(broker.clock.now_ms(), "busy", left=(2,))
+    assert await consumer.settle([Settlement(second.stored.position, busy, letters=letters)]) == [True]
+    [info] = await broker.admin.groups("orders")
+    assert (info.dead, info.pending) == (2, 1)
+    assert await consumer.fetch(2, 0) == []
+    await consumer.close()
+    await clock.advance(300.0)
+    [again] = await (await joined(broker, order=order)).fetch(2, 0)
+    assert (again.stored, list(again.left), again.attempt) == (second.stored, [1, 2, 3], 1)
+
+
 def test_there_is_room_for_so_many_dead_letters_in_each_partition(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("millstream.brokers.memory.letters.MAX_DEAD", 2)
     letters = Letters("orders", "billing")
     for partition in (0, 1, 1):
-        letters.bury(Stored(Position(partition, "1"), record(partition)), "failed", "", 1, 0)
+        letters.bury(Bury(Stored(Position(partition, "1"), record(partition)), "failed", "", 1), 0)
     assert [letters.full(partition) for partition in (0, 1, 2)] == [False, True, False]
     assert [letters.full(partition, 2) for partition in (0, 2)] == [True, False]
     assert letters.take("000000000002", replay=False) is not None and not letters.full(1)

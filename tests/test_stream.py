@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from millstream.errors import BadEvent, BadSetting, BadStream
 from millstream.event import Event, event
-from millstream.stream import Dedupe, Position, Retention, Stream
+from millstream.stream import Dedupe, Pack, Position, Retention, Stream
 from millstream.units import MAX_PARTITIONS
 
 
@@ -173,6 +173,38 @@ def test_retention_and_confirm_are_checked_when_the_stream_is_declared() -> None
         Stream("orders", Placed, retention="7d")  # type: ignore[arg-type]
     with pytest.raises(BadStream, match="confirm='disk' must be 'memory', 'fsync' or 'replicated'"):
         Stream("orders", Placed, confirm="disk")  # type: ignore[arg-type]
+
+
+def test_a_stream_is_written_as_json_and_one_by_one_unless_it_says_otherwise() -> None:
+    assert (Stream("orders", Placed).codec, Stream("orders", Placed).pack) == ("json", None)
+    packed = Stream("orders", Placed, codec="msgpack", pack=Pack(events=100))
+    assert (packed.codec, packed.pack) == ("msgpack", Pack(events=100, linger="5ms", codec="zstd"))
+    with pytest.raises(BadStream, match="codec='avro' must be 'json' or 'msgpack'"):
+        Stream("orders", Placed, codec="avro")  # type: ignore[arg-type]
+    with pytest.raises(BadStream, match=r"pack=512; write Pack\(events=500\)"):
+        Stream("orders", Placed, pack=512)  # type: ignore[arg-type]
+
+
+def test_a_pack_is_refused_where_repeats_are_told_apart_by_entry() -> None:
+    with pytest.raises(BadStream, match="Leave one of them out"):
+        Stream("orders", Placed, dedupe="10m", pack=Pack())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"events": 1}, "from 2 to 4,096"),
+        ({"events": 4_097}, "from 2 to 4,096"),
+        ({"events": True}, "from 2 to 4,096"),
+        ({"events": 2.5}, "from 2 to 4,096"),
+        ({"linger": "2s"}, "up to 1s, since `publish` waits for it"),
+        ({"linger": "soon"}, "is not a duration"),
+        ({"codec": "gzip"}, "'zstd', 'lz4' or 'none'"),
+    ],
+)
+def test_an_unusable_pack_is_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(BadSetting, match=words):
+        Pack(**options)
 
 
 @given(st.integers(min_value=0, max_value=MAX_PARTITIONS), st.text(min_size=1))

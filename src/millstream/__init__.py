@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from millstream.retry import Retry as Retry
     from millstream.settings import Settings as Settings
     from millstream.stream import Dedupe as Dedupe
+    from millstream.stream import Pack as Pack
     from millstream.stream import Position as Position
     from millstream.stream import Retention as Retention
     from millstream.stream import Stream as Stream
@@ -72,7 +73,7 @@ _HOMES = {
     "handlers.subscriber": "Call Handle Middleware",
     "retry": "Batch Retry",
     "settings": "Settings",
-    "stream": "Dedupe Position Retention Stream",
+    "stream": "Dedupe Pack Position Retention Stream",
     "worker.schedule": "every schedule",
 }
 _MODULES = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names.split()}
@@ -86,6 +87,7 @@ __all__ = [
     "Stream",
     "Retention",
     "Dedupe",
+    "Pack",
     "Position",
     "Envelope",
     "Delivery",

@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 _MARK = "__millstream__"
 _NAME = re.compile(r"[A-Za-z0-9._:/-]+")
+_OURS = "millstream."
 _VERSIONED = re.compile(r"\.v\d+$")
 
 
@@ -107,6 +108,8 @@ def members(form: Any) -> tuple[Any, ...]:
 def _event_type(cls: type, name: str, version: int) -> EventType:
     if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > MAX_TYPE_CHARS - 8:
         raise BadEvent(f"{cls.__qualname__}: {name!r} cannot name a type; use letters, digits and . _ : / -")
+    if name.startswith(_OURS):
+        raise BadEvent(f"{cls.__qualname__}: {name!r} cannot name a type: names in {_OURS!r} are Millstream's own")
     if _VERSIONED.search(name):
         raise BadEvent(f"{cls.__qualname__}: write the version of {name!r} as version=N, not into the name")
     if not isinstance(version, int) or version < 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine
 from contextlib import suppress
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -127,6 +128,17 @@ async def test_every_partition_has_its_turn() -> None:
         await place.publish("abcdef", partition)
     await consumer.fetch(1, 0)
     assert {claim.stored.position.partition for _ in range(3) for claim in await consumer.fetch(1, 0)} == {0, 1, 2}
+
+
+async def test_what_a_few_fetches_take_of_a_partition_goes_out_together() -> None:
+    place = await opened(3)
+    consumer, _ = await place.member()
+    for partition in range(3):
+        await place.publish("abcdef", partition)
+    claims = [claim for _ in range(9) for claim in await consumer.fetch(2, 0)]
+    found = [claim.stored.position.partition for claim in claims]
+    changes = sum(one != other for one, other in pairwise(found))
+    assert (len(found), set(found), changes) == (18, {0, 1, 2}, 2)
 
 
 @pytest.mark.parametrize("fault", [refuses(DOWN), loses_the_reply(DOWN)])

@@ -449,6 +449,21 @@ def test_what_is_gone_is_not_waited_for() -> None:
     assert stored(window).w == "1"
 
 
+def test_what_the_last_owner_has_not_seen_is_not_compared_with_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    heir = opened("abcd", h="2", open=frozenset("1"), clean=False, last="3")
+    compared: list[str] = []
+    monkeypatch.setattr("millstream.brokers.window.place", compared.append)
+    heir.put(claims("ef", 5))
+    assert [(*numbers([claim]), claim.suspect) for claim in heir.hand_out(10)] == [
+        (1, 1),
+        (3, 1),
+        (4, 0),
+        (5, 0),
+        (6, 0),
+    ]
+    assert compared == []
+
+
 def test_without_h_there_is_nothing_to_catch_up() -> None:
     assert not opened().catching_up
     assert not opened(w="4").catching_up

@@ -54,6 +54,12 @@ def mail(name: str, partition: int = 0, **policy: Any) -> Out:
     return Out(MAILS.store(partition), (name, "mail.sent", "app", "", "", "", "{}"), **policy)
 
 
+def blob(part: int, blobs: list[Any]) -> tuple[int, int]:
+    """The fields of an event of a pack: which blob is the first, and how many they are."""
+    blobs += ["type", "t", "data", str(part)]
+    return len(blobs) - 3, 4
+
+
 class Raw:
     """One connection. Replies come as they are; `do` and `run` raise error replies, `calls` gives them as values."""
 
@@ -120,12 +126,17 @@ class Raw:
         *items: tuple[Any, ...],
         max_dead: int = 100,
         outputs: Mapping[int, list[Out]] | None = None,
+        letters: Mapping[int, list[int]] | None = None,
     ) -> Any:
-        """`outputs` by the number of their item, from 1."""
+        """`outputs` by the number of their item, from 1; `letters` too: the events of a pack that are given up."""
         words = [word for item in items for word in (*item, "", "")[:5]]
         keys, blobs = [LOG, fence(consumer), DUE, NOTE, DEAD, STATS], list[Any]()
         staged = {n: [out.staged(keys, blobs) for out in those] for n, those in (outputs or {}).items()}
-        args = [GROUP, consumer, f"n-{consumer}", 0, max_dead, len(items), packb(staged) if staged else b""]
+        dying = {
+            n: [(part, "failed", "why", *blob(part, blobs)) for part in parts] for n, parts in (letters or {}).items()
+        }
+        packed = packb(staged) + packb(dying) if staged or dying else b""
+        args = [GROUP, consumer, f"n-{consumer}", 0, max_dead, len(items), packed]
         return self.run("settle", keys, [*args, *words, *blobs])
 
     def take(self, consumer: str, limit: int = 100) -> Any:
@@ -152,6 +163,9 @@ class Raw:
 
     def replay(self, letter: bytes, id_: bytes) -> Any:
         return self.run("replay", [LOG, DUE, DEAD, STATS, NOTE], [GROUP, letter, id_])
+
+    def give_again(self, *ids: bytes) -> Any:
+        return self.run("give", [LOG, DUE, STATS, NOTE], [GROUP, *ids])
 
     def drop(self, letter: bytes) -> Any:
         return self.run("drop", [DEAD, STATS], [letter])

@@ -77,6 +77,17 @@ async def test_a_cancelled_blocking_read_does_not_disturb_the_next_call(server: 
         assert await link.call("ECHO", "mine") == b"mine"
 
 
+async def test_who_leaves_early_takes_what_has_come_and_the_rest_comes_after_it(server: RedisServer) -> None:
+    async with linked(at(server)) as link:
+        read = pack("XREAD", "BLOCK", 100, "STREAMS", "nothing", "0")
+        answers = await link.post(pack("ECHO", "first") + read, 2)
+        await until(lambda: bool(answers.got))
+        answers.leave()
+        assert await answers == [b"first"]
+        assert await link.call("ECHO", "mine") == b"mine"
+        assert answers.got == [b"first", None]
+
+
 async def test_commands_of_one_write_are_answered_in_order_with_errors_as_values(server: RedisServer) -> None:
     async with linked(at(server)) as link:
         one, error, nothing, two = await link.calls(

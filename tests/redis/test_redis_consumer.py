@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from millstream.brokers.base import Claim, Dead, Done, Later, Output, Settlement
+from millstream.brokers.redis.incarnation import Incarnation
 from millstream.brokers.redis.members import CLAIM_AFTER_S
+from millstream.brokers.redis.sizes import MAX_REPLY_BYTES
 from millstream.errors import BrokerError, GroupOwned, LeaseLost
 from millstream.stream import Position
+from millstream.units import MAX_EVENT_BYTES
 from tests.redis import brokers
 from tests.redis.brokers import opened, records, run_in
 from tests.redis.consuming import (
@@ -34,6 +40,19 @@ from tests.servers import RedisServer
 
 started = brokers.started
 server = brokers.server
+
+
+def brought_by(life: Incarnation, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many events each read brings from now on."""
+    brought: list[int] = []
+    claim = life._claim
+
+    def noted(found: Sequence[Any]) -> None:
+        brought.extend(len(entries) for _, entries in found)
+        claim(found)
+
+    monkeypatch.setattr(life, "_claim", noted)
+    return brought
 
 
 # The healthy way
@@ -68,6 +87,48 @@ async def test_one_busy_partition_of_many_fills_a_fetch(server: RedisServer) -> 
     async with alone(server, MANY) as (broker, consumer):
         await broker.append("many", records(100))
         assert len(await consumer.fetch(80, WAIT_S)) == 80
+
+
+async def test_large_events_come_few_at_a_time_from_the_first_read_on(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with alone(server) as (broker, consumer):
+        for _ in range(2):  # an append holds 8 MB at most
+            await broker.append("orders", [replace(record, data=b"x" * 524_288) for record in records(12)])
+        brought = brought_by(life_of(consumer), monkeypatch)
+        assert all(await settled(consumer, await claimed(consumer, 24)))
+        assert brought[0] <= MAX_REPLY_BYTES // MAX_EVENT_BYTES and max(brought) <= MAX_REPLY_BYTES // 524_288
+
+
+async def test_small_events_come_many_at_a_time_from_the_third_read_on(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with alone(server) as (broker, consumer):
+        await broker.append("orders", records(1_000))
+        brought = brought_by(life_of(consumer), monkeypatch)
+        assert all(await settled(consumer, await claimed(consumer, 1_000)))
+        assert len(brought) == 3
+
+
+async def test_a_few_events_are_handled_before_the_next_read_and_a_page_after_it(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with alone(server) as (broker, consumer):
+        life, steps = life_of(consumer), list[str]()
+        read = life.read
+
+        async def noted(*args: Any) -> None:
+            steps.append("read")
+            await read(*args)
+
+        monkeypatch.setattr(life, "read", noted)
+        for count, order in ((1, ["handler", "read"]), (4, ["read", "handler"])):
+            await broker.append("orders", records(count))
+            assert len(await consumer.fetch(4, WAIT_S)) == count
+            steps.clear()
+            asyncio.get_running_loop().call_soon(steps.append, "handler")
+            life._watch_at = float("inf")  # or that would come before
+            assert await consumer.fetch(4, 0) == [] and steps == order
 
 
 async def test_a_retry_comes_back_when_it_is_due_and_not_before(server: RedisServer) -> None:

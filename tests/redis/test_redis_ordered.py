@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
+from msgspec.structs import replace
 
 from millstream.brokers.base import (
     Claim,
@@ -19,11 +20,14 @@ from millstream.brokers.base import (
     StreamSpec,
     Subscription,
 )
+from millstream.brokers.ledger import Cursor
 from millstream.brokers.ordered import OrderedConsumer
 from millstream.brokers.redis import progress
 from millstream.brokers.redis.broker import RedisBroker
 from millstream.brokers.redis.keys import Keys
 from millstream.brokers.redis.ledger import Lives, RedisLedger
+from millstream.brokers.redis.sizes import MAX_REPLY_BYTES
+from millstream.brokers.redis.turns import MAX_EVENTS
 from millstream.errors import BrokerDown, BrokerFull, GroupOwned, NotSupported
 from tests.redis import brokers
 from tests.redis.brokers import opened, records, run_in
@@ -405,3 +409,84 @@ async def test_one_connection_reads_all_partitions_and_a_full_one_is_left_out(se
         assert all(await settled(consumer, claims))
         (info,) = await broker.admin.groups("many")
         assert (info.lag, info.done, info.consumers) == (0, 400, 1)
+
+
+def brought_by(life: RedisLedger, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many events each read brings."""
+    brought: list[int] = []
+    read = life.read
+
+    async def counted(cursors: Mapping[int, Cursor], limit: int, wait_s: float) -> list[Claim]:
+        claims = await read(cursors, limit, wait_s)
+        brought.append(len(claims))
+        return claims
+
+    monkeypatch.setattr(life, "read", counted)
+    return brought
+
+
+async def test_a_backlog_in_many_partitions_is_read_in_pages_of_some_of_them(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = StreamSpec("wide", partitions=32, key="order_id")
+    async with alone(server, spec) as (broker, consumer):
+        await broker.append("wide", records(32 * 400, partitions=32))
+        brought = brought_by(life_of(consumer), monkeypatch)
+        claims = await claimed(consumer, 32 * 400)
+        assert max(brought) <= MAX_EVENTS
+        assert {claim.stored.position.partition for claim in claims[: 5 * MAX_EVENTS]} == set(range(32))
+        for partition in range(32):
+            mine = [claim.stored.record.id for claim in claims if claim.stored.position.partition == partition]
+            assert mine == [f"id-{number}" for number in range(partition, 32 * 400, 32)]
+
+
+async def test_large_events_come_few_at_a_time_and_small_ones_after_them_many_again(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with alone(server) as (broker, consumer):
+        large = [replace(record, data=b"x" * 524_288) for record in records(20)]
+        await broker.append("orders", large)
+        assert all(await settled(consumer, await claimed(consumer, 20)))
+        await broker.append("orders", large)
+        brought = brought_by(life_of(consumer), monkeypatch)
+        assert all(await settled(consumer, await claimed(consumer, 20)))
+        assert max(brought) <= MAX_REPLY_BYTES // 524_288
+        await broker.append("orders", records(10_000))
+        left = 10_000
+        async with asyncio.timeout(WAIT_S):
+            while left:
+                claims = await consumer.fetch(1_000, 1)
+                assert all(await settled(consumer, claims))
+                left -= len(claims)
+        assert max(brought) >= 500
+
+
+async def test_what_a_log_holds_is_looked_up_without_its_events(server: RedisServer) -> None:
+    async with alone(server) as (broker, _):
+        with Raw(server.port) as redis:
+            await broker.append("orders", [replace(record, data=b"x" * 500_000) for record in records(3)])
+            length, added, first, last = redis.run("ends", [LOG], [])
+            assert (length, added) == (3, 3)
+            assert [first, last] == [
+                redis.do("XRANGE", LOG, "-", "+", "COUNT", 1)[0][0],
+                redis.do("XREVRANGE", LOG, "+", "-", "COUNT", 1)[0][0],
+            ]
+            redis.do("XTRIM", LOG, "MAXLEN", 0)
+            assert redis.run("ends", [LOG], []) == [0, 3, b"", last]
+            assert redis.run("ends", [b"nothing"], []) == []
+
+
+async def test_the_first_read_of_large_events_brings_few(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with alone(server, MANY) as (broker, consumer):
+        large = [replace(record, data=b"x" * 1_000_000) for record in records(32, partitions=4)]
+        await broker.append("many", large)
+        brought = brought_by(life_of(consumer), monkeypatch)
+        assert all(await settled(consumer, await claimed(consumer, 32)))
+        assert max(brought) <= MAX_REPLY_BYTES // 1_000_000
+
+
+async def test_the_first_read_brings_small_events_in_full(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with alone(server) as (broker, consumer):
+        await broker.append("orders", records(500))
+        brought = brought_by(life_of(consumer), monkeypatch)
+        assert len(await consumer.fetch(500, 1)) == brought[0] == 500

@@ -264,3 +264,16 @@ async def test_processes_that_are_killed_at_any_moment_store_each_id_each_slot_a
     assert list(map(int, slots)) == list(range(1, len(slots) + 1)) and len(slots) >= reached
     assert reached <= (infos[KEPT].added or 0) <= reached + ROUNDS
     assert infos[KEPT].events in (49, 50)  # of each of two partitions whole events
+
+
+async def test_a_page_holds_fewer_events_when_they_are_large(tmp_path: Path) -> None:
+    async with opened(tmp_path / "shop.db") as broker:
+        for n in range(12):
+            await broker.append("orders", records(f"id-{n}", size_bytes=1_000_000))
+        page = await broker.read("orders", 0, None, 100)
+        assert [stored.record.id for stored in page] == [f"id-{n}" for n in range(9)]
+        assert len(await broker.read("orders", 0, page[-1].position, 2)) == 2
+        found = len(page)
+        while page := await broker.read("orders", 0, page[-1].position, 100):
+            found += len(page)
+        assert found == 12

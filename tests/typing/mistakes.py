@@ -9,6 +9,7 @@ from millstream import (
     Depends,
     Envelope,
     Event,
+    Pack,
     Reject,
     Retry,
     Retention,
@@ -89,6 +90,9 @@ Envelope(placed, due=["5m"])  # mistake: due at a time, or after a while
 Stream("orders", Charged, retention="7d")  # mistake: a duration in place of a Retention
 Stream("orders", Charged, dedupe=[600])  # mistake: a duration, or a Dedupe
 Stream("orders", Charged, confirm="disk")  # mistake: memory, fsync or replicated
+Stream("orders", Charged, codec="avro")  # mistake: json or msgpack
+Stream("orders", Charged, pack=512)  # mistake: a number in place of a Pack
+Pack(codec="gzip")  # mistake: zstd, lz4 or none
 Retention("7d")  # mistake: bounds are given by name
 Retention(age="7d", unread="trim")  # mistake: keep or drop
 App(include=[router])  # mistake: an app has a name

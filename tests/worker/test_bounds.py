@@ -73,7 +73,7 @@ async def pending_while_all_hang(app: App) -> int:
     async with at_work(app, broker) as process:
         await app.publish_many([Placed(n=n) for n in range(1_000)])
         await until(lambda: started.now == app.settings.concurrency)
-        await until(lambda: all(worker.in_flight >= worker._max_in_flight for worker in process._workers))
+        await until(lambda: all(worker.in_flight >= worker._ahead.limit for worker in process._workers))
         (info,) = await broker.admin.groups("orders")
         gate.set()
         await settled(broker)

@@ -369,3 +369,21 @@ async def test_an_output_names_its_cause_and_carries_the_correlation_on() -> Non
     charged, shipped = seen
     assert charged.headers == {"causation": "o-1", "correlation": "o-1"}
     assert shipped.headers == {"causation": charged.id, "correlation": "o-1", "lane": "fast"}
+
+
+async def test_a_handler_may_take_its_event_by_keyword_only() -> None:
+    app, handled = app_of(), list[int]()
+
+    @app.subscriber(orders, "billing")
+    async def charge(*, event: Placed) -> None:
+        handled.append(event.n)
+
+    @app.subscriber(orders, "mail")
+    async def tell(*, events: list[Placed]) -> None:
+        handled.extend(event.n for event in events)
+
+    async with at_work(app):
+        await app.publish(Placed(n=7))
+        await settled(app.broker)
+        await settled(app.broker, "mail")
+    assert handled == [7, 7]

@@ -10,7 +10,7 @@ from millstream.brokers.base import Claim, Record, StreamSpec, Subscription
 from millstream.brokers.memory.broker import MemoryBroker
 from millstream.brokers.memory.group import Group
 from millstream.testing.clock import VirtualClock
-from millstream.worker.lanes import Gate
+from millstream.worker.gate import Gate
 from tests.worker.place import Base, Faulty, Placed, app_of, at_work, memory, orders, payments, settled, until
 
 BILLING = Subscription(StreamSpec("orders", 2), "billing", "shop", lease_s=1.0)

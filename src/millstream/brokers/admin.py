@@ -129,7 +129,10 @@ class Admin(Protocol):
         ...
 
     async def replay(self, letters: Sequence[DeadLetter]) -> list[bool]:
-        """Give dead letters back to their own group, attempts counted anew; False where the letter or its event is gone."""
+        """Give dead letters back to their own group, attempts counted anew; False where the letter or its event is gone.
+
+        An event of a pack comes again without the others: alone, at its own position, or as what is left of its pack.
+        """
         ...
 
     async def give(self, stream: str, group: str, events: Sequence[Stored]) -> int:

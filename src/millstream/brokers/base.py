@@ -22,6 +22,7 @@ from millstream.brokers.values import (
     Done,
     Kept,
     Later,
+    Letter,
     Outcome,
     Output,
     Policy,
@@ -52,6 +53,7 @@ __all__ = [
     "GroupInfo",
     "Kept",
     "Later",
+    "Letter",
     "OtherOrder",
     "Outcome",
     "Output",
@@ -112,7 +114,8 @@ class Consumer(Protocol):
 
         An output is stored before its outcome, a dead letter in the same step as its outcome. Safe to repeat: a settlement
         that was stored already answers False and changes nothing. A dead letter past `MAX_DEAD` is not stored: its event
-        waits for some minutes and is tried again. When it raises a retryable error, some may be stored:
+        waits for some minutes and is tried again; of a pack, those events that would have had one, beside those that are
+        to be tried again anyway, and the others are finished. When it raises a retryable error, some may be stored:
         send the same again. `BrokerFull` means that all were settled that need no room.
         """
         ...

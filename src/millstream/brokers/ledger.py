@@ -86,6 +86,8 @@ class Park(Struct, frozen=True, gc=False):
     attempts: int = 0
     postponed: int = 0
     error: str = ""
+    left: Sequence[int] = ()
+    """Of a pack, which of its events are left: kept with the event, wherever in its key it stands."""
 
 
 class Delay(Struct, frozen=True, gc=False):
@@ -97,6 +99,8 @@ class Delay(Struct, frozen=True, gc=False):
     attempts: int
     postponed: int
     error: str = ""
+    left: Sequence[int] = ()
+    """Of a pack, which of its events are left from now on."""
 
 
 class Pop(Struct, frozen=True, gc=False):
@@ -108,7 +112,7 @@ class Pop(Struct, frozen=True, gc=False):
 
 
 class Bury(Struct, frozen=True, gc=False):
-    """A dead letter."""
+    """A dead letter. That of one event of a pack has the offset of that event, and its record alone."""
 
     stored: Stored
     reason: str

@@ -6,17 +6,25 @@
 
 A partition is read by its owner alone, so nothing has to be claimed: reading costs the server nothing but the reading, and
 progress is one small commit for as many events as were settled meanwhile. `window.py` holds the rules of the order.
+
+Nothing waits to be committed: while one round of commits is under way outcomes gather, and leave with the next. A lone event
+is committed at once; behind a backlog one write every few milliseconds holds what was settled of each partition, and a
+commit costs as much as ten events. Therefore fetches take what there is of one partition, rather than a little from each.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from itertools import groupby
+from operator import attrgetter
 
 from millstream.brokers.base import Claim, Kept, Position, Settlement, Subscription
-from millstream.brokers.ledger import Commit, Cursor, Grant, Lease, Ledger, State, View
+from millstream.brokers.budget import Budget
+from millstream.brokers.ledger import Cursor, Grant, Lease, Ledger, State, View
+from millstream.brokers.refused import Refused
 from millstream.brokers.share import share
 from millstream.brokers.window import Window
 from millstream.clock import Clock
@@ -27,33 +35,11 @@ from millstream.units import DEAD_FULL_S
 LOOK_S = 0.5  # how often the others are looked at, at most: a takeover follows within a second of the lease
 MAX_HEADS = 32  # of a partition, begun in one step
 MAX_READ = 1_000  # events in one answer
+MAX_CALLS = 4  # take the rest of what was read of one partition before another one has its turn
 LEAST_OF_A_KEY = 8  # events are handed out at once, and more only if a fetch asks for more: see `_hand_out`
 TRUST = 0.75  # of the lease: past it, others may have taken over, and what is handed out may be settled already
 FULL_TOLD_S = 1.0  # a partition that waits since too much is parked says so this often, at most
 LEAST_WAIT_S = 0.001  # due times are whole milliseconds
-
-
-class _Refused:
-    """What had no room in one round of commits, and what is tried for it next."""
-
-    def __init__(self) -> None:
-        self.full: dict[Window, str] = {}
-        """Only what needs no room is stored of these; and why."""
-        self._alone: set[Window] = set()
-
-    def commit(self, window: Window) -> Commit | None:
-        """What is to be stored next."""
-        return window.commit(room=window not in self.full, alone=window in self._alone)
-
-    def add(self, window: Window, commit: Commit, why: str) -> bool:
-        """A commit had no room. False when there is none for anything at all."""
-        if commit.several:  # together they have none; one event may
-            self._alone.add(window)
-        elif window in self.full:
-            return False
-        else:
-            self.full[window] = why
-        return True
 
 
 class OrderedConsumer:
@@ -65,12 +51,15 @@ class OrderedConsumer:
         subscription: Subscription,
         clock: Clock,
         telemetry: Telemetry,
+        budget: Budget | None = None,
     ) -> None:
         self._make = ledger
         self._ledger: Ledger | None = None
         self._subscription = subscription
         self._clock = clock
         self._telemetry = telemetry
+        self._budget = budget or Budget()
+        self._budget.join(self)
         self._max_parked = -(-subscription.max_parked // subscription.stream.partitions)
         self._windows: dict[int, Window] = {}
         self._lost: set[Position] = set()
@@ -141,18 +130,22 @@ class OrderedConsumer:
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[bool]:
         """Take in outcomes and commit what they are, partition by partition; False where an event was not ours any more."""
-        touched: dict[int, Window] = {}
-        known = [False] * len(settlements)
-        for index, settlement in enumerate(settlements):
-            window = self._windows.get(settlement.position.partition)
+        windows, touched = self._windows, dict[int, Window]()
+        known: list[bool] = []
+        for settlement in settlements:
+            partition = settlement.position.partition
+            window = windows.get(partition)
             if window is not None and window.settle(settlement):
-                known[index] = True
-                touched[window.partition] = window
+                touched[partition] = window
+                known.append(True)
+            else:
+                known.append(False)
         await self._commit(touched.values())
-        return [
-            ours and self._windows.get(settlement.position.partition) is touched[settlement.position.partition]
-            for ours, settlement in zip(known, settlements, strict=True)
-        ]
+        lost = {partition for partition, window in touched.items() if not self._has(window)}
+        if lost:
+            answers = zip(known, settlements, strict=True)
+            return [ours and settlement.position.partition not in lost for ours, settlement in answers]
+        return known
 
     async def keep(self) -> Kept:
         """Beat; take, ask for and give partitions; tell what was lost, and what others ask for."""
@@ -181,6 +174,7 @@ class OrderedConsumer:
         if self._closed:
             return
         self._closed = True
+        self._budget.leave(self)
         ledger = self._ledger
         try:
             try:
@@ -372,16 +366,22 @@ class OrderedConsumer:
     # Claiming.
 
     def _hand_out(self, limit: int) -> list[Claim]:
-        # Each call begins one partition further, or a busy first one would starve the others. A worker asks for half of what
-        # it has room for: as many of one key at most, and a slow key leaves the other half to others.
+        # A call goes on with the partition of the last one, if a few calls take what is left there: so a commit covers more.
+        # Else it begins one further, or a busy first one would starve the others. A worker asks for half of what it has room
+        # for: as many of one key at most, and a slow key leaves the other half to others.
         claims: list[Claim] = []
-        windows = list(self._windows.values())
-        self._turn += 1
-        for step in range(len(windows)):
-            window = windows[(self._turn + step) % len(windows)]
+        windows = deque(self._windows.values())
+        windows.rotate(-self._turn)
+        if windows and not 0 < windows[0].left <= MAX_CALLS * limit:
+            windows.rotate(-1)
+            self._turn += 1
+        for step, window in enumerate(windows):
+            if len(claims) >= limit:
+                self._turn += step - 1
+                break
             if window.events_parked >= self._max_parked:
                 self._tell_full(window)
-            elif len(claims) < limit:
+            elif window.ready:
                 claims += window.hand_out(limit - len(claims), max(limit, LEAST_OF_A_KEY))
         return claims
 
@@ -408,8 +408,9 @@ class OrderedConsumer:
         return window is not None and window.epoch == claim.token and window.holds(position.offset)
 
     async def _begin_heads(self, ledger: Ledger, limit: int) -> None:
-        for window in list(self._windows.values()):
-            if window.draining or window.due_ms > ledger.now_ms or len(self._begun) >= limit:
+        now_ms = ledger.now_ms
+        for window in [window for window in self._windows.values() if window.due_ms <= now_ms]:
+            if window.draining or len(self._begun) >= limit:
                 continue
             window.due_ms = float("inf")  # what becomes due while we ask is noted again
             count = min(limit - len(self._begun), MAX_HEADS)
@@ -425,27 +426,26 @@ class OrderedConsumer:
                 self._begun += window.begin(found.heads)
 
     async def _read(self, ledger: Ledger, limit: int, wait_s: float, changed: asyncio.Event) -> None:
+        windows = self._windows if self._subscription.fresh else {}
+        share_bytes = self._budget.share_bytes(len(self._windows))
         cursors = {
-            partition: window.cursor
-            for partition, window in self._windows.items()
-            if window.cursor.room > 0 and window.events_parked < self._max_parked and self._subscription.fresh
+            partition: cursor
+            for partition, window in windows.items()
+            if window.events_parked < self._max_parked and (cursor := window.cursor_within(share_bytes)).room > 0
         }
         self._left_out = self._windows.keys() - cursors.keys()
         if not cursors:
             await self._clock.wait(changed, wait_s)
             return
-        epochs = {partition: cursor.epoch for partition, cursor in cursors.items()}
-        found: dict[int, list[Claim]] = defaultdict(list)
-        for claim in await ledger.read(cursors, max(limit, MAX_READ), wait_s):
-            found[claim.stored.position.partition].append(claim)
-        for partition, claims in found.items():
+        claims = await ledger.read(cursors, max(limit, MAX_READ), wait_s)
+        for partition, page in groupby(claims, attrgetter("stored.position.partition")):
             window = self._windows.get(partition)
-            if window is not None and window.epoch == epochs[partition]:
-                window.put(claims)
+            if window is not None and window.epoch == cursors[partition].epoch:
+                window.put(page)
 
     def _due_s(self, ledger: Ledger) -> float:
         """How long nothing that is parked is due."""
-        due_ms = min((window.due_ms for window in self._windows.values() if not window.draining), default=float("inf"))
+        due_ms = min([window.due_ms for window in self._windows.values() if not window.draining], default=float("inf"))
         return max(LEAST_WAIT_S, (due_ms - ledger.now_ms) / 1000)
 
     # Committing.
@@ -453,7 +453,7 @@ class OrderedConsumer:
     async def _commit(self, windows: Iterable[Window]) -> None:
         """Store what there is to store of these windows; raises `BrokerFull` after all that needs no room was stored."""
         async with self._committing:
-            refused = _Refused()
+            refused = Refused()
             todo = [window for window in windows if self._has(window)]
             while todo:
                 todo = await self._commit_once(todo, refused)
@@ -463,13 +463,16 @@ class OrderedConsumer:
 
     def _rouse(self, windows: Iterable[Window]) -> None:
         """Wake a fetch that waits for what is there now: an event, a head, or room to read more."""
+        if not self._waits_until_ms:
+            return
+        share_bytes = self._budget.share_bytes(len(self._windows))
         for window in windows:
-            room = window.partition in self._left_out and window.cursor.room > 0
-            if self._waits_until_ms and (window.ready or room or window.due_ms < self._waits_until_ms):
+            room = window.partition in self._left_out and window.cursor_within(share_bytes).room > 0
+            if window.ready or room or window.due_ms < self._waits_until_ms:
                 self._wake()
                 return
 
-    async def _commit_once(self, windows: Sequence[Window], refused: _Refused) -> list[Window]:
+    async def _commit_once(self, windows: Sequence[Window], refused: Refused) -> list[Window]:
         ledger = await self._living()
         made = [(window, refused.commit(window)) for window in windows]
         commits = [(window, commit) for window, commit in made if commit is not None]

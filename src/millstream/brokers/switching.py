@@ -23,7 +23,7 @@ dead letter in the old one, which has no keys that could wait.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from msgspec.structs import replace
 
@@ -32,8 +32,10 @@ from millstream.brokers.base import (
     Claim,
     Consumer,
     Dead,
+    Done,
     Kept,
     Later,
+    Letter,
     OtherOrder,
     Position,
     Settlement,
@@ -43,6 +45,7 @@ from millstream.brokers.ledger import HELD_MS
 from millstream.clock import Clock
 from millstream.errors import LeaseLost
 from millstream.telemetry import logger
+from millstream.wire.packs import is_pack, read
 
 DRY_S = 30.0  # so long nothing new is taken, at most, while all that waits falls due
 LONGEST_TURN_S = 3_600.0  # of new events after that: each turn is twice as long as the one before
@@ -76,7 +79,7 @@ class SwitchingConsumer:
         self._consumer: Consumer | None = None  # None: we are away, or were switched by others
         self._finishing = True
         self._closed = False
-        self._held: set[Position] = set()
+        self._held: dict[Position, Claim] = {}
         self._fetching = 0
         self._paused = False
         self._paused_at = 0.0
@@ -127,12 +130,12 @@ class SwitchingConsumer:
         if not self._finishing:
             return await self._consumer.settle(settlements)
         if not self._old.order:
-            settlements = [_without_keys(settlement) for settlement in settlements]
+            settlements = [_without_keys(settlement, self._held.get(settlement.position)) for settlement in settlements]
         try:
             results = await self._consumer.settle(settlements)
         except OtherOrder:  # `keep` finds it out too
             results = [False] * len(settlements)
-        self._held.difference_update(settlement.position for settlement in settlements)
+        self._let_go(settlement.position for settlement in settlements)
         return results
 
     async def keep(self) -> Kept:
@@ -145,7 +148,7 @@ class SwitchingConsumer:
                 if not self._finishing:
                     raise
                 return await self._ousted(consumer)
-            self._held -= kept.lost
+            self._let_go(kept.lost)
             if not self._finishing or kept.lost or kept.drain or not self._has_empty_hands():
                 return kept
             self._consumer = None
@@ -157,7 +160,7 @@ class SwitchingConsumer:
         """Hand back all that is held of these partitions."""
         if self._consumer is not None:
             await self._consumer.release(partitions)
-        self._held = {position for position in self._held if position.partition not in partitions}
+        self._let_go([position for position in self._held if position.partition in partitions])
 
     async def close(self) -> None:
         """Hand back all that is held, and leave the group."""
@@ -178,12 +181,16 @@ class SwitchingConsumer:
             return []
         finally:
             self._fetching -= 1
-        self._held.update(claim.stored.position for claim in claims)
+        self._held.update((claim.stored.position, claim) for claim in claims)
         return claims
+
+    def _let_go(self, positions: Iterable[Position]) -> None:
+        for position in positions:
+            self._held.pop(position, None)
 
     async def _ousted(self, consumer: Consumer) -> Kept:
         self._consumer = None
-        lost, self._held = frozenset(self._held), set()
+        lost, self._held = frozenset(self._held), {}
         await consumer.close()
         return Kept(lost)
 
@@ -257,9 +264,14 @@ class SwitchingConsumer:
             self._consumer = consumer
 
 
-def _without_keys(settlement: Settlement) -> Settlement:
+def _without_keys(settlement: Settlement, claim: Claim | None) -> Settlement:
     """Nothing can wait for a person in a group without order."""
     outcome = settlement.outcome
-    if isinstance(outcome, Later) and outcome.at_ms >= HELD_MS:
+    if not isinstance(outcome, Later) or outcome.at_ms < HELD_MS:
+        return settlement
+    if claim is None or not is_pack(claim.stored.record):
         return replace(settlement, outcome=Dead("failed", outcome.error))
-    return settlement
+    pack = read(claim.stored.record, claim.stored.position.offset)
+    left = outcome.left or claim.left or range(len(pack))
+    letters = [Letter(part, pack.record(part), "failed", outcome.error) for part in left]
+    return replace(settlement, outcome=Done(), letters=[*settlement.letters, *letters])

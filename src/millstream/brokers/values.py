@@ -45,6 +45,8 @@ class Claim(Struct, frozen=True, gc=False):
     """Not empty: the entry is no event, and why. Its record has an empty type, and a preview as its data."""
     token: int = 0
     """In the order of keys: the epoch of the partition's lease. It grows with every owner. 0 without order."""
+    left: Sequence[int] = ()
+    """Of a pack that was tried before: which of its events are left. Empty: all of them."""
 
 
 class Done(Struct, frozen=True, gc=False):
@@ -60,6 +62,8 @@ class Later(Struct, frozen=True, gc=False):
     error: str
     counted: bool = True
     """False: the attempt does not count (`RetryLater`)."""
+    left: Sequence[int] = ()
+    """Of a pack: which of its events are to be tried again; the others are finished. Empty: all that the claim had left."""
 
 
 class Dead(Struct, frozen=True, gc=False):
@@ -89,13 +93,26 @@ class Put(Struct, frozen=True, gc=False):
     value: bytes | None
 
 
+class Letter(Struct, frozen=True, gc=False):
+    """An event of a pack that is given up, while the pack comes to an end of its own."""
+
+    part: int
+    """Which event of the pack."""
+    record: Record
+    """That event alone."""
+    reason: str
+    error: str = ""
+
+
 class Settlement(Struct, frozen=True, gc=False):
-    """What became of one claimed event."""
+    """What became of one claimed event. A pack is settled as one: see `Later.left` and `letters`."""
 
     position: Position
     outcome: Outcome
     outputs: Sequence[Output] = ()
     puts: Sequence[Put] = ()
+    letters: Sequence[Letter] = ()
+    """Of a pack: dead letters that are stored in the same step as the outcome."""
 
 
 class Kept(Struct, frozen=True, gc=False):
@@ -120,6 +137,8 @@ class Traits(Struct, frozen=True, gc=False):
     retention: bool = False
     slots: bool = False
     """It can store one event per slot of a schedule."""
+    packs: bool = False
+    """It remembers which events of a pack are left, and keeps a dead letter of one of them."""
 
 
 class StreamSpec(Struct, frozen=True, gc=False):

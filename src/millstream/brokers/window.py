@@ -15,6 +15,10 @@ that keeps the order: an event is set aside behind others only when all events o
 it waits here, *behind*; or a commit in between would turn two events of the key around.
 
 What is parked is run one event of a key at a time, as its *head*.
+
+An event costs 0.85 µs here: 0.16 to be put in, 0.20 to be handed out, 0.29 to be settled, 0.20 for its part of a commit of
+64. So each has one slot, one count of its key and one step of its phase at a time; whatever follows from an outcome, or from
+the last owner, is looked at only where there is any; and a commit walks along what it passes once.
 """
 
 from __future__ import annotations
@@ -22,13 +26,15 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
-from itertools import islice, takewhile
+from itertools import islice
 from typing import NamedTuple
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from millstream.brokers.base import Claim, Dead, Done, Later, Outcome, Output, Position, Settlement
+from millstream.brokers.base import Claim, Dead, Done, Later, Position, Settlement
+from millstream.brokers.budget import Held
+from millstream.brokers.ended import Ended, bury_later, end, give_back
 from millstream.brokers.ledger import (
     Bury,
     Commit,
@@ -42,6 +48,7 @@ from millstream.brokers.ledger import (
     Pop,
     State,
 )
+from millstream.brokers.letters import buried, unburied
 from millstream.brokers.portion import Portion
 
 WINDOW = 2_048  # events from the first that is not settled to the last that was read
@@ -59,34 +66,21 @@ class Phase(IntEnum):
     COVERED = 4
 
 
+# On CPython 3.11 `Phase.OUT` takes 0.1 µs, a name 0.01: written out, they were a third of what an event cost.
+_READY, _OUT, _BEHIND, _SETTLED, _COVERED = Phase
+
+
 class Slot(Struct, gc=False, eq=False):
     """One event of the window."""
 
     claim: Claim
     offset: str
     key: str
-    phase: Phase = Phase.READY
+    phase: Phase = _READY
     effects: Sequence[Effect] = ()
-    handled: bool = False
+    handled: bool = True
+    """Of one with effects: False when it is dead, or set aside."""
     retried: bool = False
-
-
-class _Ended(NamedTuple):
-    """A head whose outcome is known."""
-
-    head: Head
-    effects: Sequence[Effect]
-    handled: bool = False
-    retried: bool = False
-    given_back: bool = False
-
-    @property
-    def key(self) -> str:
-        return self.head.key
-
-    @property
-    def offset(self) -> str:
-        return self.head.claim.stored.position.offset
 
 
 class _Sending(NamedTuple):
@@ -94,8 +88,12 @@ class _Sending(NamedTuple):
 
     commit: Commit
     passed: Sequence[Slot]
-    covered: Sequence[Slot]
-    heads: Sequence[_Ended]
+    ahead: Sequence[Slot]
+    heads: Sequence[Ended]
+    events: int
+    """Of both, how many were not covered before."""
+    eventful: int
+    """How many of those have effects."""
 
 
 class Window:
@@ -115,9 +113,11 @@ class Window:
         self.events_parked = grant.events_parked
         self._size = size
         self._grant = grant
+        self._inherits = bool(grant.h) or not grant.clean
         self._ordinal = grant.ordinal
         self._open: Sequence[str] = sorted(grant.open, key=place)
         self._cursor = grant.w
+        self._held = Held()
         self._number = 0
         self._seq = 0
         self._slots: dict[str, Slot] = {}
@@ -126,10 +126,11 @@ class Window:
         self._out: dict[str, int] = {}
         self._joining: Counter[str] = Counter()
         self._heads: dict[str, Head] = {}
-        self._ended: list[_Ended] = []
+        self._ended: list[Ended] = []
         self._sending: _Sending | None = None
         self._waiting_effects = 0
         self._uncovered = 0
+        self._ahead = 0
 
     # Reading.
 
@@ -147,19 +148,23 @@ class Window:
         """There is nothing more to read up to `h`: somebody has trimmed it."""
         self._grant = replace(self._grant, h="")
 
+    def cursor_within(self, share_bytes: int) -> Cursor:
+        """The same, where the window may hold so much."""
+        return Cursor(self._cursor, min(self.cursor.room, self._held.room(share_bytes)), self.epoch)
+
     def put(self, claims: Iterable[Claim]) -> None:
         """Take in what was read, in order."""
-        slots, add = self._slots, self._ready.append
-        fresh = not self._grant.h and self._grant.clean  # the last owner left nothing that must be looked at
+        slots, add, offset = self._slots, self._inherit if self._inherits else self._ready.append, self._cursor
+        before, data_bytes = len(slots), 0
         for claim in claims:
             stored = claim.stored
-            offset = stored.position.offset
-            slot = slots[offset] = Slot(claim, offset, stored.record.key or keyless(offset))
-            self._cursor = offset
-            if fresh:
-                add(slot)
-            else:
-                self._inherit(slot)
+            record, offset = stored.record, stored.position.offset
+            data_bytes += len(record.data)
+            slot = slots[offset] = Slot(claim, offset, record.key or keyless(offset))
+            add(slot)
+        self._cursor = offset
+        self._held.read(len(slots) - before, data_bytes)
+        self._inherits = self._inherits and (self.catching_up or self._was_seen(offset))
 
     # Handing out.
 
@@ -175,11 +180,12 @@ class Window:
         while ready and len(claims) < limit:
             slot = ready.popleft()
             key = slot.key
-            if (parked and key in parked) or (behind and key in behind) or out.get(key, 0) >= of_a_key:
+            count = out.get(key, 0)
+            if count >= of_a_key or key in parked or key in behind:
                 self._put_behind(slot)
                 continue
-            slot.phase = Phase.OUT
-            out[key] = out.get(key, 0) + 1
+            slot.phase = _OUT
+            out[key] = count + 1
             claims.append(slot.claim)
         return claims
 
@@ -187,6 +193,11 @@ class Window:
     def ready(self) -> bool:
         """True while something that was read can be handed out."""
         return bool(self._ready) and not self.draining
+
+    @property
+    def left(self) -> int:
+        """How many events that is."""
+        return len(self._ready) if self.ready else 0
 
     def busy(self) -> list[str]:
         """Parked keys whose head is not to be begun now."""
@@ -205,11 +216,11 @@ class Window:
     def holds(self, offset: str) -> bool:
         """True while an event is handed out and not settled."""
         slot = self._slots.get(offset)
-        return offset in self._heads or (slot is not None and slot.phase is Phase.OUT)
+        return offset in self._heads or (slot is not None and slot.phase is _OUT)
 
     def held(self) -> list[Position]:
         """All that is handed out and not settled."""
-        offsets = [slot.offset for slot in self._slots.values() if slot.phase is Phase.OUT]
+        offsets = [slot.offset for slot in self._slots.values() if slot.phase is _OUT]
         return [Position(self.partition, offset) for offset in (*offsets, *self._heads)]
 
     def at_rest(self) -> bool:
@@ -220,44 +231,43 @@ class Window:
 
     def settle(self, settlement: Settlement) -> bool:
         """Take in an outcome. False when the event is not ours to settle; a repeat of what waits for a commit is True."""
-        offset, outcome, outputs = settlement.position.offset, settlement.outcome, settlement.outputs
-        head = self._heads.pop(offset, None)
+        offset = settlement.position.offset
+        head = self._heads.pop(offset, None) if self._heads else None
         if head is not None:
-            self._ended.append(_end_of_head(head, outcome, outputs))
+            self._ended.append(end(head, settlement))
             return True
         slot = self._slots.get(offset)
-        if slot is None or slot.phase is Phase.READY or slot.phase is Phase.COVERED:
-            return any(ended.offset == offset and not ended.given_back for ended in self._ended)
-        if slot.phase is Phase.OUT:
-            self._settle(slot, outcome, outputs)
-        return True
+        if slot is not None and slot.phase is _OUT:
+            slot.phase = _SETTLED
+            self._uncovered += 1
+            if settlement.outputs or settlement.letters or type(settlement.outcome) is not Done:
+                self._follow(slot, settlement)
+            left = self._out.pop(slot.key) - 1
+            if left:
+                self._out[slot.key] = left
+            elif slot.key in self._behind:
+                self._flush(slot.key)
+            return True
+        if slot is not None and slot.phase in (_BEHIND, _SETTLED):
+            return True
+        return any(ended.offset == offset and not ended.given_back for ended in self._ended)
 
     def bury_later(self, at_ms: int) -> None:
         """There is no room for dead letters: their events wait, and their keys with them."""
         for slot in self._slots.values():
-            if slot.phase is Phase.SETTLED and any(isinstance(effect, Bury) for effect in slot.effects):
-                claim = slot.claim
-                slot.effects = (Park(slot.key, claim.stored, at_ms, claim.attempt - 1, claim.postponed),)
-                self._park(slot.key, at_ms)
-        for index, ended in enumerate(self._ended):
-            for effect in ended.effects:
-                if isinstance(effect, Bury):
-                    postponed = ended.head.claim.postponed
-                    delay = Delay(ended.key, ended.offset, at_ms, effect.attempts - 1, postponed)
-                    self._ended[index] = _Ended(ended.head, (delay,))
+            if slot.phase is _SETTLED and any(isinstance(effect, Bury) for effect in slot.effects):
+                self._bury_later(slot, at_ms)
+        self._ended = [bury_later(ended, at_ms) for ended in self._ended]
         self._sending = None
 
     def give_back(self) -> None:
         """Take back all that is handed out, as if it had never been."""
         for slot in self._slots.values():
-            if slot.phase is Phase.OUT:
-                slot.phase = Phase.READY
-        self._ready = deque(slot for slot in self._slots.values() if slot.phase is Phase.READY)
+            if slot.phase is _OUT:
+                slot.phase = _READY
+        self._ready = deque(slot for slot in self._slots.values() if slot.phase is _READY)
         self._out.clear()
-        for offset, head in self._heads.items():
-            claim = head.claim
-            delay = Delay(head.key, offset, 0, claim.attempt - 1, claim.postponed)
-            self._ended.append(_Ended(head, (delay,), given_back=True))
+        self._ended += map(give_back, self._heads.values())
         self._heads.clear()
 
     # Committing.
@@ -271,20 +281,21 @@ class Window:
         """
         if self._sending is not None:
             return self._sending.commit
-        if self.catching_up:
+        if self.catching_up or not (self._uncovered or self._ahead or self._ended):
             return None
         portion = Portion(room=room, alone=alone)
-        passed = list(takewhile(lambda slot: _coverable(slot, portion), self._slots.values()))
-        covered = [slot for slot in passed if slot.phase is Phase.SETTLED]
+        passed = _over(self._slots.values(), portion)
+        covered = [slot for slot in passed if slot.phase is _SETTLED] if self._ahead else passed
         heads = [ended for ended in self._ended if portion.takes(ended.effects)]
         w = passed[-1].offset if passed else self.w
-        h, opened = self._still_ahead(w, passed)
+        h, opened, ahead = *self._still_ahead(w, passed), list[Slot]()
         if left := self._uncovered - len(covered):
             h, opened, ahead = _ahead(islice(self._slots.values(), len(passed), None), left, h, portion)
-            covered += ahead
-        if not (passed or heads or covered):
+        if not (passed or heads or ahead):
             return None
-        ends: list[Slot | _Ended] = [*covered, *heads]
+        covered = [*covered, *ahead]
+        eventful = [slot for slot in covered if slot.effects] if self._waiting_effects else []
+        ends: list[Slot | Ended] = [*eventful, *heads]
         commit = Commit(
             self.partition,
             self.epoch,
@@ -294,12 +305,12 @@ class Window:
             h,
             opened,
             [effect for end in ends for effect in end.effects],
-            sum(end.handled for end in ends),
+            len(covered) - len(eventful) + sum(end.handled for end in ends),
             sum(end.retried for end in ends),
-            [slot.offset for slot in covered if slot.claim.suspect],
+            [] if self._grant.clean else [slot.offset for slot in covered if slot.claim.suspect],
             portion.events > 1,
         )
-        self._sending = _Sending(commit, passed, covered, heads)
+        self._sending = _Sending(commit, passed, ahead, heads, len(covered), len(eventful))
         return commit
 
     def answered(self, answer: Committed) -> None:
@@ -310,21 +321,16 @@ class Window:
         commit = sending.commit
         self._seq, self.w, self._ordinal = commit.seq, commit.w, commit.ordinal
         self.h, self._open, self.events_parked = commit.h, commit.open, answer.events_parked
-        self._uncovered -= len(sending.covered)
-        for slot in sending.covered:
-            slot.phase = Phase.COVERED
-            self._waiting_effects -= bool(slot.effects)
-            slot.effects = ()
+        self._uncovered -= sending.events
+        self._waiting_effects -= sending.eventful
+        self._ahead += sending.events - len(sending.passed)
         for slot in sending.passed:
             del self._slots[slot.offset]
-        stored = {id(ended) for ended in sending.heads}
-        self._ended = [ended for ended in self._ended if id(ended) not in stored]
-        self._joined(commit.effects)
-        for key in answer.emptied:
-            if not self._joining[key]:
-                self._unpark(key)
-        if any(isinstance(effect, Pop) and effect.key not in answer.emptied for effect in commit.effects):
-            self.due_ms = 0.0
+        self._held.passed(len(sending.passed))
+        for slot in sending.ahead:
+            slot.phase, slot.effects = _COVERED, ()
+        if commit.effects:
+            self._took_effect(sending, answer)
 
     # Below: how.
 
@@ -333,37 +339,44 @@ class Window:
         grant, offset = self._grant, slot.offset
         self._number += 1
         if grant.h and offset not in grant.open and after(grant.h, offset, or_equal=True):
-            slot.phase = Phase.COVERED
+            slot.phase = _COVERED
+            self._ahead += 1
             return
-        seen = self._number <= self._size and grant.last and after(grant.last, offset, or_equal=True)
-        if seen and not grant.clean:
+        if self._was_seen(offset):
             crashes = grant.notes.get(offset, 0)
             slot.claim = replace(slot.claim, attempt=1 + crashes, suspect=1 + crashes)
         self._ready.append(slot)
 
-    def _settle(self, slot: Slot, outcome: Outcome, outputs: Sequence[Output]) -> None:
+    def _was_seen(self, offset: str) -> bool:
+        """True when the last owner has crashed, and may have had this event in its window."""
+        last = "" if self._grant.clean or self._number > self._size else self._grant.last
+        return last != "" and after(last, offset, or_equal=True)
+
+    def _follow(self, slot: Slot, settlement: Settlement) -> None:
+        """Note what follows from an outcome."""
         claim, key = slot.claim, slot.key
-        slot.phase = Phase.SETTLED
-        self._uncovered += 1
-        match outcome:
+        dead = buried(settlement.position, claim.attempt, settlement.letters)
+        stored: tuple[Effect, ...] = (*settlement.outputs, *dead)
+        match settlement.outcome:
             case Done():
-                slot.handled = True
-                slot.effects = outputs
+                slot.effects = stored
             case Dead(reason=reason, error=error):
-                slot.effects = (*outputs, Bury(claim.stored, reason, error, claim.attempt))
-            case Later(at_ms=at_ms, error=error, counted=counted):
+                slot.effects = (*stored, Bury(claim.stored, reason, error, claim.attempt))
+                slot.handled = False
+            case Later(at_ms=at_ms, error=error, counted=counted, left=left):
                 attempts, postponed = claim.attempt - (not counted), claim.postponed + (not counted)
-                slot.effects = (Park(key, claim.stored, at_ms, attempts, postponed, error),)
-                slot.retried = counted
+                park = Park(key, claim.stored, at_ms, attempts, postponed, error, left)
+                slot.effects = (*stored, park)
+                slot.handled, slot.retried = False, counted
                 self._park(key, at_ms)
-        self._waiting_effects += bool(slot.effects)
-        left = self._out[key] - 1
-        if left:
-            self._out[key] = left
-        else:
-            del self._out[key]
-            if key in self._behind:
-                self._flush(key)
+        self._waiting_effects += 1
+
+    def _bury_later(self, slot: Slot, at_ms: int) -> None:
+        claim, (outputs, left) = slot.claim, unburied(slot.effects)
+        if not any(isinstance(effect, Park) for effect in slot.effects):
+            self._park(slot.key, at_ms)
+        park = Park(slot.key, claim.stored, at_ms, claim.attempt - 1, claim.postponed, left=left)
+        slot.effects, slot.handled, slot.retried = (*outputs, park), False, False
 
     def _park(self, key: str, due_ms: float) -> None:
         self.parked.add(key)
@@ -371,7 +384,7 @@ class Window:
         self.due_ms = min(self.due_ms, due_ms)
 
     def _put_behind(self, slot: Slot) -> None:
-        slot.phase = Phase.BEHIND
+        slot.phase = _BEHIND
         self._behind.setdefault(slot.key, deque()).append(slot)
         if slot.key not in self._out:
             self._flush(slot.key)
@@ -381,11 +394,11 @@ class Window:
         slots = self._behind.pop(key)
         if key not in self.parked:
             for slot in reversed(slots):
-                slot.phase = Phase.READY
+                slot.phase = _READY
                 self._ready.appendleft(slot)
             return
         for slot in slots:
-            slot.phase = Phase.SETTLED
+            slot.phase, slot.handled = _SETTLED, False
             slot.effects = (Park(key, slot.claim.stored),)
             self._uncovered += 1
             self._waiting_effects += 1
@@ -395,6 +408,16 @@ class Window:
         self.parked.discard(key)
         if key in self._behind and key not in self._out:
             self._flush(key)
+
+    def _took_effect(self, sending: _Sending, answer: Committed) -> None:
+        stored, effects = {id(ended) for ended in sending.heads}, sending.commit.effects
+        self._ended = [ended for ended in self._ended if id(ended) not in stored]
+        self._joined(effects)
+        for key in answer.emptied:
+            if not self._joining[key]:
+                self._unpark(key)
+        if any(isinstance(effect, Pop) and effect.key not in answer.emptied for effect in effects):
+            self.due_ms = 0.0
 
     def _joined(self, effects: Iterable[Effect]) -> None:
         for effect in effects:
@@ -431,6 +454,19 @@ def keyless(offset: str) -> str:
     return f"\0{offset}"
 
 
+def _over(slots: Iterable[Slot], portion: Portion) -> list[Slot]:
+    """The first ones, up to one that is not settled, or that the portion does not take."""
+    over: list[Slot] = []
+    for slot in slots:
+        if slot.phase is _SETTLED:
+            if slot.effects and not portion.takes(slot.effects):
+                break
+        elif slot.phase is not _COVERED:
+            break
+        over.append(slot)
+    return over
+
+
 def _ahead(slots: Iterable[Slot], left: int, before: str, portion: Portion) -> tuple[str, Sequence[str], list[Slot]]:
     """`h`, `open`, and the settled events that they cover; `left` are settled, and `h` stays no less than `before`."""
     h, opened, covered = "", 0, list[Slot]()
@@ -438,36 +474,19 @@ def _ahead(slots: Iterable[Slot], left: int, before: str, portion: Portion) -> t
     # Of these keys nothing goes past an event that stays open, or a crash would turn the two around.
     keys = set[str]()
     for slot in slots:
-        if slot.phase is not Phase.COVERED and (slot.key in keys or not _coverable(slot, portion)):
-            left -= slot.phase is Phase.SETTLED
-            unsettled.append(slot.offset)
-            keys.add(slot.key)
-        else:
+        settled = slot.phase is _SETTLED
+        left -= settled
+        if slot.phase is _COVERED or (
+            settled and slot.key not in keys and (not slot.effects or portion.takes(slot.effects))
+        ):
             h, opened = slot.offset, len(unsettled)
-            if slot.phase is Phase.SETTLED:
-                left -= 1
+            if settled:
                 covered.append(slot)
             if slot.offset == before:
                 before = ""
+        else:
+            unsettled.append(slot.offset)
+            keys.add(slot.key)
         if not (left or before):  # nothing that follows is settled
             break
     return h, unsettled[:opened], covered
-
-
-def _coverable(slot: Slot, portion: Portion) -> bool:
-    return slot.phase is Phase.COVERED or (slot.phase is Phase.SETTLED and portion.takes(slot.effects))
-
-
-def _end_of_head(head: Head, outcome: Outcome, outputs: Sequence[Output]) -> _Ended:
-    key, claim = head.key, head.claim
-    offset = claim.stored.position.offset
-    match outcome:
-        case Done():
-            return _Ended(head, (*outputs, Pop(key, offset)), handled=True)
-        case Dead(reason=reason, error=error):
-            buried = Bury(claim.stored, reason, error, claim.attempt)
-            return _Ended(head, (*outputs, buried, Pop(key, offset)))
-        case Later(at_ms=at_ms, error=error, counted=counted):
-            attempts, postponed = claim.attempt - (not counted), claim.postponed + (not counted)
-            delay = Delay(key, offset, at_ms, attempts, postponed, error)
-            return _Ended(head, (delay,), retried=counted)

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from datetime import datetime
 from heapq import heapify, heappop, heappush
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, Protocol, get_args
 
 import click
 
@@ -19,6 +19,7 @@ from millstream.cli.outlet import MAX_LINE_BYTES, Draft, Outlet, Unfit, field, o
 from millstream.cli.show import Output
 from millstream.cli.target import Interrupt, Target
 from millstream.errors import BadSetting, BrokerError, Unconfirmed
+from millstream.publisher import unpacked
 from millstream.units import MAX_APPEND_RECORDS, seconds
 
 PAGE = 200  # events that `tail` reads at once from each partition
@@ -253,6 +254,19 @@ class _Load:
         return f"go on with --from-line {self._next}{self._doubt}"
 
 
+class Chosen(Protocol):
+    """Which events are looked for, and how many."""
+
+    @property
+    def limit(self) -> int | None:
+        """None: the usual number."""
+        ...
+
+    def shows(self, stored: Stored) -> bool:
+        """This is one of them."""
+        ...
+
+
 class Look(NamedTuple):
     """What `tail` shows."""
 
@@ -284,34 +298,34 @@ async def _tail(meant: Target, stream: str, look: Look, output: Output) -> None:
 async def _found(broker: Broker, info: StreamInfo, look: Look) -> AsyncIterator[Stored]:
     name = info.spec.name
     if look.since_ms is None:
-        last, places = await _last(broker, info, look)
-        for stored in last:
+        newest, places = await last(broker, info, look)
+        for stored in newest:
             yield stored
     else:
         places = dict(await broker.locate(name, look.since_ms))
     while True:
         async for stored in _in_time(broker, name, places):
-            if look.shows(stored):
-                yield stored
+            for event in unpacked((stored,)):
+                if look.shows(event):
+                    yield event
         if not look.follow:
             return
         await broker.wait(name, places, WAIT_S)
 
 
-async def _last(broker: Broker, info: StreamInfo, look: Look) -> tuple[deque[Stored], dict[int, Position | None]]:
+async def last(broker: Broker, info: StreamInfo, look: Chosen) -> tuple[deque[Stored], dict[int, Position | None]]:
     """The last events, and the places behind them. Looked for from ever further back: streams are read forward only."""
     for back_ms in (*BACK_MS, None):
         start = None if back_ms is None or info.last_ms is None else info.last_ms - back_ms
         if start is not None and info.first_ms is not None and start <= info.first_ms:
             start = None
         places = dict(await broker.locate(info.spec.name, "beginning" if start is None else start))
-        last: deque[Stored] = deque(maxlen=look.limit or LAST)
+        newest: deque[Stored] = deque(maxlen=look.limit or LAST)
         async for stored in _in_time(broker, info.spec.name, places):
-            if look.shows(stored):
-                last.append(stored)
-        if len(last) == last.maxlen or start is None:
+            newest.extend(filter(look.shows, unpacked((stored,))))
+        if len(newest) == newest.maxlen or start is None:
             break
-    return last, places
+    return newest, places
 
 
 async def _in_time(broker: Broker, name: str, places: dict[int, Position | None]) -> AsyncIterator[Stored]:

@@ -94,7 +94,7 @@ class _Typed:
         self._stream = stream
         self._confirm = confirm
         self._decoders = {name: codec.decoder(cls) for name, cls in stream.types.items()}
-        self._encoders = {name: codec.encoder(cls) for name, cls in stream.types.items()}
+        self._encoders = {name: codec.encoder(cls, stream.codec) for name, cls in stream.types.items()}
 
     def fields(self, kind: str) -> Collection[str]:
         """As its class says."""
@@ -128,6 +128,7 @@ class _Raw:
     def __init__(self, broker: Broker, spec: StreamSpec, clock: Clock, confirm: Confirm) -> None:
         self._broker = broker
         self._spec = spec
+        self._encode = codec.encoder(dict, codec.MSGPACK if spec.codec == codec.MSGPACK else codec.JSON)
         self._clock = clock
         self._confirm = confirm
 
@@ -139,7 +140,7 @@ class _Raw:
         """Make the record."""
         if not 0 < len(draft.type) <= MAX_TYPE_CHARS or not draft.type.isprintable():
             _unfit(f"{draft.type[:50]!r} cannot name a type: 1 to {MAX_TYPE_CHARS} printable characters")
-        key, data = self._key(draft), msgspec.json.encode(draft.data)
+        key, data = self._key(draft), self._encode(draft.data)
         _check(draft, key, data)
         id_ = draft.id or self._clock.new_id()
         partition = partition_of(id_ if key is None else key, self._spec.partitions)

@@ -17,6 +17,8 @@ import msgspec
 from millstream.brokers.base import Stored
 from millstream.cli.main import NotConfirmed
 from millstream.clock import Clock
+from millstream.errors import WireError
+from millstream.wire import packs
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -32,6 +34,7 @@ Row: TypeAlias = Mapping[str, Any]
 NOTHING = "-"  # where there is nothing to show
 LINE_S = 3.0  # between two lines of progress where there is no terminal
 PICTURE_S = 0.1
+_MSGPACK = b"\x80"  # from here on begins what holds several values: with such a byte no JSON begins
 _GAP = 2  # between two columns
 _ELASTIC = 16  # the least of an elastic column
 _BOARD_ROWS = 5  # of airlines and alerts: the whole board fits into 24 lines
@@ -115,7 +118,8 @@ def text(value: Any) -> str:
 def event(stored: Stored) -> dict[str, Any]:
     """An event as it travels and lies, for machines; what stands here can be published again.
 
-    An entry that is no event has a `fault`, the beginning of what it holds, in place of `data`.
+    An entry that is no event has a `fault`, the beginning of what it holds, in place of `data`. The data of a whole pack are
+    those of its events.
     """
     record = stored.record
     fields: dict[str, Any] = {
@@ -127,6 +131,8 @@ def event(stored: Stored) -> dict[str, Any]:
         "key": record.key,
         "headers": _json(record.headers) if record.headers else {},
     }
+    if packs.is_pack(record):
+        return fields | _events(stored)
     return fields | ({"data": _json(record.data)} if record.type else {"fault": record.data.decode(errors="replace")})
 
 
@@ -373,11 +379,20 @@ def _grid(*titles: str) -> Table:
     return table
 
 
-def _json(data: bytes) -> Any:
-    """JSON as it is, number for number; other bytes, which a foreign producer may have written, as text."""
+def _events(stored: Stored) -> dict[str, Any]:
     try:
+        return {"data": [_json(event.data) for event in packs.read(stored.record, stored.position.offset)]}
+    except WireError as error:
+        return {"fault": str(error)}
+
+
+def _json(data: bytes) -> Any:
+    """JSON as it is, number for number; MessagePack as JSON; other bytes, which a foreign producer may write, as text."""
+    try:
+        if data[:1] >= _MSGPACK:
+            return msgspec.Raw(msgspec.json.encode(msgspec.msgpack.decode(data)))
         msgspec.json.decode(data)
-    except ValueError:
+    except (ValueError, TypeError, msgspec.MsgspecError):
         return data.decode(errors="replace")
     return msgspec.Raw(data)
 

@@ -1,4 +1,4 @@
-"""`stream ls`, `stream show`, `stream apply`, `stream drop`."""
+"""`stream ls`, `stream show`, `stream apply`, `stream train`, `stream drop`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import msgspec
 
 from millstream.app import App
 from millstream.brokers.base import Broker, GroupInfo, Policy, StreamInfo
-from millstream.cli import groups, place, show, target
+from millstream.cli import groups, place, show, target, training
 from millstream.cli.main import Given, Group, Mistake, Refused
 from millstream.cli.show import Column, Output
+from millstream.errors import BadSetting
 from millstream.publisher import differences, in_words, policy_of, settings, wanted
 from millstream.stream import Stream
+from millstream.units import size_bytes
 
 
 def _policy(fields: dict[str, Any]) -> str:
@@ -58,6 +60,13 @@ _PLAN = (
 )
 
 
+def _bytes(context: click.Context, option: click.Parameter, value: str) -> int:
+    try:
+        return size_bytes(value)
+    except BadSetting:
+        raise click.BadParameter(f"{value!r} is not a size: write 16KB.", context, option) from None
+
+
 @click.group(cls=Group)
 def stream() -> None:
     """List streams; show, change or drop one."""
@@ -94,6 +103,39 @@ def apply(given: Given, names: tuple[str, ...], exact: bool, plan: bool, yes: bo
     learns of it within seconds.
     """
     target.run(lambda: _apply(given, names, exact, plan, yes))
+
+
+@stream.command()
+@click.argument("name", metavar="STREAM")
+@click.option(
+    "--size", metavar="SIZE", default="16KB", show_default=True, callback=_bytes, help="At most so large, up to 110KB."
+)
+@click.option(
+    "--events",
+    type=click.IntRange(100, training.MAX_SAMPLES),
+    metavar="N",
+    default=10_000,
+    show_default=True,
+    help="Learn from the newest N.",
+)
+@click.option(
+    "-o",
+    "--output",
+    "path",
+    type=click.Path(dir_okay=False, writable=True),
+    metavar="FILE",
+    required=True,
+    help="Where to.",
+)
+@click.pass_obj
+def train(given: Given, name: str, size: int, events: int, path: str) -> None:
+    """Train a zstd dictionary from the newest events of a stream, and show what it would save.
+
+    With it, a small event that travels alone becomes shorter; `zstd -D FILE` reads and writes such data. Compare with what
+    a pack saves, which needs no dictionary: Stream(…, pack=Pack()). Millstream itself does not publish with a dictionary
+    yet.
+    """
+    training.train(target.run(lambda: training.samples(given, name, events)), size, path)
 
 
 @stream.command()

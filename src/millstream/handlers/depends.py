@@ -53,6 +53,11 @@ class _Kind(Enum):
     ASYNC_GENERATOR = 3
 
 
+# Read for each call: as attributes of an Enum they would cost as much as the call itself.
+_FUNCTION, _COROUTINE, _GENERATOR, _ASYNC_GENERATOR = _Kind
+_ENDED = object()
+
+
 class _Step(NamedTuple):
     provider: Provider
     kind: _Kind
@@ -89,12 +94,18 @@ class Plan:
         made: list[Any] = []
         opened: list[tuple[_Kind, Any]] = []
         try:
-            for step in self._steps:
-                if step.scope == "process":
-                    made.append(process.values[step.provider])
+            for provider, kind, needs, scope in self._steps:
+                if scope == "process":
+                    made.append(process.values[provider])
                     continue
-                given = {name: delivery if i == _DELIVERY else made[i] for name, i in step.needs.items()}
-                made.append(await _make(step, given, opened))
+                given = {name: delivery if i == _DELIVERY else made[i] for name, i in needs.items()} if needs else {}
+                value = provider(**given)
+                if kind is _GENERATOR:
+                    generator, value = value, next(value)
+                    opened.append((kind, generator))
+                elif kind is not _FUNCTION:
+                    value = await _entered(kind, value, opened)
+                made.append(value)
             for name, index in self._arguments.items():
                 arguments[name] = made[index]
             await handler(**arguments)
@@ -153,7 +164,7 @@ class ProcessScope:
                 for step in plan.process_steps():
                     if step.provider not in self.values:
                         given = {name: self.values[plan._steps[i].provider] for name, i in step.needs.items()}
-                        self.values[step.provider] = await _make(step, given, opened)
+                        self.values[step.provider] = await _entered(step.kind, step.provider(**given), opened)
             yield self
         except BaseException as error:
             await _close(opened, error)
@@ -173,18 +184,15 @@ def find(annotation: Any) -> Depends | None:
     return None
 
 
-async def _make(step: _Step, given: dict[str, Any], opened: list[tuple[_Kind, Any]]) -> Any:
-    made = step.provider(**given)
-    match step.kind:
-        case _Kind.FUNCTION:
-            return made
-        case _Kind.COROUTINE:
-            return await made
-        case _Kind.GENERATOR:
-            value = next(made)
-        case _Kind.ASYNC_GENERATOR:
-            value = await anext(made)
-    opened.append((step.kind, made))
+async def _entered(kind: _Kind, made: Any, opened: list[tuple[_Kind, Any]]) -> Any:
+    """What a provider's call has made: its answer, or what it yields; then it is open."""
+    if kind is _GENERATOR:
+        value = next(made)
+    elif kind is _ASYNC_GENERATOR:
+        value = await anext(made)
+    else:
+        return await made if kind is _COROUTINE else made
+    opened.append((kind, made))
     return value
 
 
@@ -193,7 +201,7 @@ async def _close(opened: list[tuple[_Kind, Any]], error: BaseException | None) -
     failed: BaseException | None = None
     for kind, generator in reversed(opened):
         try:
-            if kind is _Kind.GENERATOR:
+            if kind is _GENERATOR:
                 _finish(generator, failed or error)
             else:
                 await _finish_async(generator, failed or error)
@@ -205,10 +213,14 @@ async def _close(opened: list[tuple[_Kind, Any]], error: BaseException | None) -
 
 
 def _finish(generator: Any, error: BaseException | None) -> None:
-    try:
-        next(generator) if error is None else generator.throw(error)
-    except StopIteration:
-        return
+    if error is None:
+        if next(generator, _ENDED) is _ENDED:
+            return
+    else:
+        try:
+            generator.throw(error)
+        except StopIteration:
+            return
     generator.close()
     raise BadHandler(f"dependency {_name(generator)} yields more than once")
 

@@ -4,6 +4,7 @@ from millstream.publisher.client import Client, delayed, named, start_at
 from millstream.publisher.declared import check_confirm, differences, in_words, policy_of, settings, spec_of, wanted
 from millstream.publisher.publisher import Publisher
 from millstream.publisher.records import due_ms
+from millstream.publisher.unpacking import unpacked
 
 __all__ = [
     "Client",
@@ -18,5 +19,6 @@ __all__ = [
     "settings",
     "spec_of",
     "start_at",
+    "unpacked",
     "wanted",
 ]

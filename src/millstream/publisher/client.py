@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine, Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
-from millstream.brokers.base import Broker, Confirm, Position, Slot, Start, Stored
+from millstream.brokers.base import Broker, Confirm, Position, Record, Slot, Start
 from millstream.clock import Clock
 from millstream.delivery import Envelope
 from millstream.errors import BadEvent, WireError
 from millstream.publisher.publisher import Publisher
+from millstream.publisher.unpacking import unpacked
 from millstream.stream import Stream
 from millstream.telemetry import Telemetry
 from millstream.units import Duration, seconds
@@ -38,9 +39,11 @@ class Client:
         """True while the loop runs in this process; in a forked child, it does not."""
         return self._process == os.getpid() and self.loop.is_running()
 
-    async def publish(self, event: Any, *, to: Stream[Any] | None = None, confirm: Confirm | None = None) -> Position:
+    def publish(
+        self, event: Any, *, to: Stream[Any] | None = None, confirm: Confirm | None = None
+    ) -> Coroutine[Any, Any, Position]:
         """As `App.publish`."""
-        return await self.publisher.publish(event, to, confirm)
+        return self.publisher.publish(event, to, confirm)
 
     async def publish_many(
         self,
@@ -62,13 +65,13 @@ class Client:
     ) -> AsyncGenerator[list[Envelope[Any]], None]:
         """What `App.read` yields, as many at once as one read of the broker gave."""
         await self.publisher.declare(stream)
-        decoders = {name: codec.decoder(cls) for name, cls in stream.types.items()}
+        decoders = {name: codec.decoder(cls, stream.codec) for name, cls in stream.types.items()}
         places = dict(await self.broker.locate(stream.name, start_at(since, self.clock)))
         while True:
             for partition, place in places.items():
                 while page := await self.broker.read(stream.name, partition, place, _PAGE):
-                    envelopes = [envelope for stored in page if (envelope := _envelope(stored, decoders)) is not None]
-                    if envelopes:
+                    found = (_envelope(stored.record, decoders) for stored in unpacked(page))
+                    if envelopes := [envelope for envelope in found if envelope is not None]:
                         yield envelopes
                     place = places[partition] = page[-1].position
             if not follow:
@@ -98,8 +101,7 @@ def _copy(envelope: Envelope[Any], id_: str, due: datetime | Duration | None) ->
     return copy
 
 
-def _envelope(stored: Stored, decoders: dict[str, Callable[[bytes], Any]]) -> Envelope[Any] | None:
-    record = stored.record
+def _envelope(record: Record, decoders: dict[str, Callable[[bytes], Any]]) -> Envelope[Any] | None:
     decode = decoders.get(record.type)
     if decode is None:
         return None

@@ -11,7 +11,7 @@ from millstream.errors import BadSetting, NotSupported
 from millstream.stream import NEVER, Stream
 from millstream.telemetry import logger
 from millstream.units import seconds, size_bytes
-from millstream.wire import codec
+from millstream.wire import compression
 
 _CONFIRMS = get_args(Confirm)
 _NEEDS = {
@@ -26,7 +26,7 @@ _SIZES = {"GB": 1_073_741_824, "MB": 1_048_576, "KB": 1_024, "B": 1}
 
 def spec_of(stream: Stream[Any]) -> StreamSpec:
     """What decides where its events lie."""
-    return StreamSpec(stream.name, stream.partitions, stream.key_name, codec.JSON)
+    return StreamSpec(stream.name, stream.partitions, stream.key_name, stream.codec)
 
 
 def policy_of(stream: Stream[Any]) -> Policy:
@@ -52,6 +52,8 @@ def policy_of(stream: Stream[Any]) -> Policy:
 async def declare(broker: Broker, stream: Stream[Any]) -> Policy:
     """Declare a stream, and return what is recorded for it: that holds. Raises `NotSupported`, `StreamMismatch`."""
     check_confirm(broker, stream.confirm, f"stream {stream.name!r}")
+    if stream.pack is not None:
+        compression.check(stream.pack.codec)
     lacking = [
         option for option in ("dedupe", "retention") if getattr(stream, option) and not getattr(broker.traits, option)
     ]

@@ -7,38 +7,29 @@ the next one: a thousand `await publish()` at once cost two writes, a lone one g
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
-from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
-from millstream.brokers.base import Broker, Confirm, Output, Policy, Position, Record, Slot
+from millstream.brokers.base import Broker, Confirm, Output, Policy, Position, Slot
+from millstream.brokers.preparing import Preparing
 from millstream.clock import Clock
 from millstream.delivery import Delivery, Envelope
 from millstream.errors import BadEvent, BrokerError, MillstreamError, NotSupported, TooLarge, Unconfirmed, Unroutable
+from millstream.publisher.chunks import Ahead, Chunk, chunks, sources
 from millstream.publisher.declared import check_confirm, declare, policy_of, spec_of
+from millstream.publisher.gathering import Gathering
 from millstream.publisher.records import Records, Repeat, derived_id
-from millstream.publisher.writer import Writer, repeatable_ms
+from millstream.publisher.writer import Writer, all_stored, repeatable_ms
 from millstream.settings import Settings
 from millstream.stream import Stream
 from millstream.telemetry import Telemetry, logger
-from millstream.units import MAX_APPEND_BYTES, MAX_APPEND_RECORDS
-
-PORTION_S = 0.1  # a slow source of events does not hold up those that have come
 
 CAUSATION = "causation"  # id of the event whose handler published this one
 CORRELATION = "correlation"  # id of the event with which it all began
 SCHEDULE = "schedule"  # the schedule that published this one
-
-
-class _Chunk(NamedTuple):
-    """What one write stores."""
-
-    stream: Stream[Any]
-    records: list[Record]
-    events: Sequence[Any]
 
 
 class Publisher:
@@ -55,6 +46,7 @@ class Publisher:
         telemetry: Telemetry,
     ) -> None:
         self._broker = broker
+        self._preparing = broker if isinstance(broker, Preparing) else None
         self._settings = settings
         self._clock = clock
         self._telemetry = telemetry
@@ -92,11 +84,11 @@ class Publisher:
         writer = self._writers.get((route.stream.name, confirm or route.stream.confirm))
         if writer is None:
             writer = await self._new_writer(route.stream, confirm)
-        record = self._records.record(route, event)
+        record = route.record(event)
         try:
             return await writer.append(record, since_s)
         except Unconfirmed as error:
-            self._doubt(error, route.stream.name, [Repeat(event, record, self._wall_ms(since_s))])
+            self._doubt(error, route.stream, [Repeat(event, record, self._wall_ms(since_s))])
             raise
 
     async def publish_many(
@@ -109,9 +101,14 @@ class Publisher:
         """Store many events, in chunks; see `App.publish_many`. `stored` are the positions of those before them."""
         positions = list(stored)
         try:
-            async for portion in _portions(events, self._clock):
-                for chunk in self._chunks(portion, to):
-                    positions += await self._append(chunk, confirm, positions)
+            async for source in sources(events, self._clock):
+                ahead = Ahead(map(self._prepared, chunks(self._records, source, to)))
+                for chunk in ahead:
+                    looking = asyncio.get_running_loop().call_soon(ahead.look)  # the bytes of this one leave before
+                    try:
+                        positions += await self._append(chunk, confirm, positions)
+                    finally:
+                        looking.cancel()
         except (BadEvent, TooLarge, Unroutable) as error:
             error.add_note(f"The first {len(positions):,} events are stored, and no other.")
             raise
@@ -146,42 +143,33 @@ class Publisher:
             self._warn(name)
         return Output(name, record, record.id == id_)
 
-    def _chunks(self, events: Sequence[Any], to: Stream[Any] | None) -> Iterator[_Chunk]:
-        """One write after the other: of one stream, and of a limited size."""
-        records: list[Record] = []
-        begin = size = 0
-        stream: Stream[Any] | None = None
-        for index, event in enumerate(events):
-            route = self._records.route(event, to)
-            record = self._records.record(route, event)
-            size += len(record.data)
-            if stream is not None and (stream is not route.stream or size > MAX_APPEND_BYTES):
-                yield _Chunk(stream, records, events[begin:index])
-                records, begin, size = [], index, len(record.data)
-            stream = route.stream
-            records.append(record)
-        if stream is not None:
-            yield _Chunk(stream, records, events[begin:])
+    def _prepared(self, chunk: Chunk) -> Chunk:
+        if self._preparing is None:
+            return chunk
+        return chunk._replace(records=self._preparing.prepared(chunk.stream.name, chunk.records))
 
-    async def _append(self, chunk: _Chunk, confirm: Confirm | None, stored: list[Position]) -> list[Position]:
+    async def _append(self, chunk: Chunk, confirm: Confirm | None, stored: list[Position]) -> list[Position]:
         stream, since_s = chunk.stream, self._clock.monotonic()
         writer = self._writers.get((stream.name, confirm or stream.confirm))
         if writer is None:
             writer = await self._new_writer(stream, confirm)
-        results = await writer.append_all(chunk.records)
+        results = await writer.append_all(chunk.records, since_s)
+        if chunk.bundle is not None:
+            results = chunk.bundle.spread(results)
+        if all_stored(results):
+            return results
         errors = [result for result in results if isinstance(result, Exception)]
         positions = [result for result in results if not isinstance(result, Exception)]
-        if not errors:
-            return positions
         cause = next((error for error in errors if isinstance(error, Unconfirmed)), errors[0])
         if not isinstance(cause, BrokerError | Unconfirmed):
             raise cause
         tried_ms = self._wall_ms(since_s)
-        triples = zip(chunk.events, chunk.records, results, strict=True)
+        records = chunk.records if chunk.bundle is None else chunk.bundle.events()
+        triples = zip(chunk.events, records, results, strict=True)
         again = [Repeat(event, record, tried_ms) for event, record, result in triples if isinstance(result, Exception)]
         if isinstance(cause, Unconfirmed):
             incomplete = Unconfirmed(str(cause), results=stored + positions)
-            self._doubt(incomplete, stream.name, again)
+            self._doubt(incomplete, stream, again)
         else:
             reason = f"{cause}; none of these was stored"
             incomplete = Unconfirmed(reason, envelopes=again, results=stored + positions)
@@ -196,11 +184,13 @@ class Publisher:
         level = confirm or stream.confirm
         writer = self._writers.get((stream.name, level))
         if writer is None:
-            writer = self._writers[stream.name, level] = Writer(
+            packer, recorded = self._records.packer(stream), partial(self._recorded, stream)
+            new = Writer if packer is None else partial(Gathering, packer=packer)
+            writer = self._writers[stream.name, level] = new(
                 stream.name,
                 level,
                 policy,
-                partial(self._recorded, stream),
+                recorded,
                 broker=self._broker,
                 settings=self._settings,
                 clock=self._clock,
@@ -219,15 +209,16 @@ class Publisher:
             raise MillstreamError("the app is not open: publish inside `async with app:` or `async with app.worker():`")
         return self._tasks
 
-    def _doubt(self, error: Unconfirmed, stream: str, again: Sequence[Repeat]) -> None:
+    def _doubt(self, error: Unconfirmed, stream: Stream[Any], again: Sequence[Repeat]) -> None:
         """Complete an error with what to publish again, and until when a repeat is told from a second event."""
         error.envelopes = again
-        window_ms = repeatable_ms(self.policies[stream])
+        # A repeat would travel in another pack, and ids are remembered of packs.
+        window_ms = 0 if stream.pack is not None else repeatable_ms(self.policies[stream.name])
         if window_ms:
             error.retry_until = datetime.fromtimestamp((min(e.tried_ms for e in again) + window_ms) / 1000, UTC)
             advice = f"publishing the envelopes again is safe until {error.retry_until:%H:%M:%S} UTC"
         else:
-            advice = f"stream {stream!r} has no dedupe, so publishing the envelopes again may store an event twice"
+            advice = f"stream {stream.name!r} has no dedupe, so publishing the envelopes again may store an event twice"
         error.args = (f"{error}; {advice}",)
 
     def _wall_ms(self, at_s: float) -> int:
@@ -244,19 +235,3 @@ class Publisher:
                 stream,
                 stream,
             )
-
-
-async def _portions(events: Iterable[Any] | AsyncIterable[Any], clock: Clock) -> AsyncIterator[list[Any]]:
-    """As many events at a time as one write takes: so that what is done for each is not done through an async iterator."""
-    if not isinstance(events, AsyncIterable):
-        source = iter(events)
-        while portion := list(islice(source, MAX_APPEND_RECORDS)):
-            yield portion
-        return
-    portion, began = [], clock.monotonic()
-    async for event in events:
-        portion.append(event)
-        if len(portion) == MAX_APPEND_RECORDS or clock.monotonic() - began > PORTION_S:
-            yield portion
-            portion, began = [], clock.monotonic()
-    yield portion

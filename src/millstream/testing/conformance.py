@@ -41,6 +41,7 @@ from millstream.testing.suite import (  # noqa: E402
     losses,
     order,
     outputs,
+    packs,
     people,
     policies,
     retention,
@@ -54,7 +55,7 @@ __all__ = ["Conformance", "Place", "Trial"]
 
 SUBJECTS = (
     *(streams, policies, dedupe, delayed, slots, retention, losses, ceiling),
-    *(claims, outputs, dead, liveness, order, switch, people, giving),
+    *(claims, outputs, dead, liveness, order, switch, people, giving, packs),
 )
 TEST_S = 60.0  # a test takes a few seconds; what hangs must not hold up the others
 

@@ -1,4 +1,8 @@
-"""An event becomes JSON, and back: Structs, dataclasses and pydantic models.
+"""An event becomes JSON or MessagePack, and back: Structs, dataclasses and pydantic models.
+
+A pydantic model means in MessagePack what it means in JSON, dates as text included: so its validators and strictness
+see the same values whatever the codec of a stream. Structs and dataclasses use MessagePack's own types for bytes and
+times.
 
 pydantic is looked for among the modules that are loaded already, and never loaded from here: whoever has no model does
 not pay for it.
@@ -8,28 +12,35 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 
 from millstream.errors import WireError
 from millstream.units import MAX_EVENT_BYTES
 
-JSON = "json"
+Codec: TypeAlias = Literal["json", "msgpack"]
 
-_encode = msgspec.json.Encoder().encode
+JSON: Codec = "json"
+MSGPACK: Codec = "msgpack"
+
+_to_json = msgspec.json.Encoder().encode
+_to_msgpack = msgspec.msgpack.Encoder().encode
+_from_msgpack = msgspec.msgpack.Decoder().decode
 
 
-def encoder(cls: type) -> Callable[[Any], bytes]:
+def encoder(cls: type, codec: Codec = JSON) -> Callable[[Any], bytes]:
     """A function that turns an event of this class into bytes. It raises what the event's own fields raise."""
-    if _is_model(cls):
+    if not _is_model(cls):
+        return _to_json if codec == JSON else _to_msgpack
+    if codec == JSON:
         return lambda event: event.model_dump_json(by_alias=True).encode()
-    return _encode
+    return lambda event: _to_msgpack(event.model_dump(mode="json", by_alias=True))
 
 
-def decoder(cls: type) -> Callable[[bytes], Any]:
+def decoder(cls: type, codec: Codec = JSON) -> Callable[[bytes], Any]:
     """A function that turns bytes into an event of this class, or raises `WireError` that names the field."""
-    decode: Callable[[bytes], Any] = getattr(cls, "model_validate_json", None) or msgspec.json.Decoder(cls).decode
+    decode = _decoder(cls, codec)
 
     def checked(data: bytes) -> Any:
         if len(data) > MAX_EVENT_BYTES:
@@ -40,6 +51,13 @@ def decoder(cls: type) -> Callable[[bytes], Any]:
             raise WireError(f"{cls.__name__}: {_one_line(error)}") from None
 
     return checked
+
+
+def _decoder(cls: type, codec: Codec) -> Callable[[bytes], Any]:
+    validate: Callable[[bytes], Any] | None = getattr(cls, "model_validate_json", None)
+    if validate is None:
+        return msgspec.json.Decoder(cls).decode if codec == JSON else msgspec.msgpack.Decoder(cls).decode
+    return validate if codec == JSON else lambda data: validate(_to_json(_from_msgpack(data)))
 
 
 def _is_model(cls: type) -> bool:

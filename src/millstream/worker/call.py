@@ -1,12 +1,13 @@
 """A group's handlers become one table: wire type to `Route`. A route decodes, injects, calls, and says what the end means.
 
-What a handler does not ask for costs it nothing: with neither delivery nor dependencies nor middleware, a call is one
-decode and one await. All of it is decided here, once, when a worker starts.
+What a handler does not ask for costs it nothing: with neither delivery nor dependencies nor middleware, `invoke` is the
+handler itself, and what `prepare` makes is the bare event. All of it is decided here, once, when a worker starts.
 """
 
 from __future__ import annotations
 
 import contextvars
+import inspect
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
@@ -62,61 +63,70 @@ class Route:
         self._stage = partial(shop.stage, subscriber.stream.name, subscriber.group)
         signature = subscriber.signature
         self._event, self._delivery = signature.event, signature.delivery
-        self._decode = {name: codec.decoder(cls) for name, cls in signature.types.items()}
+        self.decode = {name: codec.decoder(cls, subscriber.stream.codec) for name, cls in signature.types.items()}
+        """Of each wire type: bytes become an event. Raises `WireError`."""
         self.plan = Plan(signature.depends, shop.replace, where=signature.where, batch=signature.batch)
         handler = subscriber.handler
         self._handler: Callable[..., Awaitable[None]] = _threaded(handler, shop.threads) if signature.sync else handler
-        self._handle = _composed(subscriber, self._invoke)
-        self.call = self._simplest()
+        self._depends = bool(signature.depends)
+        self._timeout_ms = None if self.timeout_s == float("inf") else int(self.timeout_s * 1000)
+        self.delivers = bool(subscriber.middleware or signature.depends or signature.delivery)
+        """Whether it is a `Delivery` that `prepare` makes, or the bare event."""
+        self.prepare: Callable[[Claim], Any] = self._delivered if self.delivers else self._decoded
+        """Makes of a claim what `invoke` takes, of a batch a list of these. Raises `Undecodable`."""
+        self.invoke: Callable[[Any], Awaitable[None]] = self._invoked()
+        """Calls the handler. What it publishes is in the delivery then."""
 
-    def _simplest(self) -> Callable[[Claim], Awaitable[Sequence[Output]]]:
-        """The cheapest way to call this handler with one event. It answers the outputs, or raises what was raised."""
-        signature = self.subscriber.signature
-        if self.subscriber.middleware or signature.depends or signature.delivery or len(self._decode) != 1:
-            return self._call
-        handler, (decode,) = self._handler, self._decode.values()
+    def _invoked(self) -> Callable[[Any], Awaitable[None]]:
+        """The cheapest way to call this handler."""
+        subscriber, event = self.subscriber, self._event or ""
+        if not self.delivers:
+            return self._handler if _is_positional(subscriber) else lambda given: self._handler(**{event: given})
+        if subscriber.signature.batch:
+            inject = self._inject_batch
+            handle = _composed(subscriber, lambda call: inject(call.deliveries))
+            return (lambda given: handle(Call(given, subscriber))) if subscriber.middleware else inject
+        inject_one = self._inject
+        handle = _composed(subscriber, lambda call: inject_one(call.deliveries[0]))
+        return (lambda given: handle(Call((given,), subscriber))) if subscriber.middleware else inject_one
 
-        async def call(claim: Claim) -> Sequence[Output]:
-            try:
-                event = decode(claim.stored.record.data)
-            except WireError as error:
-                raise Undecodable(str(error)) from None
-            await handler(event)
-            return ()
+    async def call(self, claim: Claim) -> None:
+        """Decode an event and call the handler with it: all that a listener does, which settles nothing."""
+        await self.invoke(self.prepare(claim))
 
-        return call
-
-    async def _call(self, claim: Claim) -> Sequence[Output]:
-        delivery = self._delivered(claim)
-        await self._handle(Call((delivery,), self.subscriber))
-        return delivery.staged
-
-    def delivered(self, claims: Sequence[Claim]) -> tuple[list[Claim], list[Delivery[Any]], list[Settlement]]:
-        """The events of a batch that can be decoded; and the ends of those that cannot, whatever the handler does."""
+    def prepare_all(self, claims: Sequence[Claim]) -> tuple[Sequence[Claim], list[Any], list[Settlement]]:
+        """The events of a batch that can be decoded, prepared; and the ends of the others, whatever the handler does."""
+        try:
+            return claims, [self.prepare(claim) for claim in claims], []
+        except Undecodable:
+            pass
         good: list[Claim] = []
-        deliveries: list[Delivery[Any]] = []
+        prepared: list[Any] = []
         bad: list[Settlement] = []
         for claim in claims:
             try:
-                deliveries.append(self._delivered(claim))
+                prepared.append(self.prepare(claim))
                 good.append(claim)
             except Undecodable as error:
                 bad.append(Settlement(claim.stored.position, self.outcome(claim, error)))
-        return good, deliveries, bad
+        return good, prepared, bad
 
-    async def batch(self, claims: Sequence[Claim], deliveries: Sequence[Delivery[Any]]) -> list[Settlement]:
+    async def batch(self, claims: Sequence[Claim], prepared: list[Any]) -> list[Settlement]:
         """Call a batch handler, and settle every one of its events by itself."""
         failed: Mapping[int, BaseException] = {}
         try:
-            await self._handle(Call(deliveries, self.subscriber))
+            await self.invoke(prepared)
         except BatchFailed as error:
             failed = _checked(error, len(claims))
+        if not self.delivers and not failed:
+            return [Settlement(claim.stored.position, DONE) for claim in claims]
         settlements: list[Settlement] = []
         for index, claim in enumerate(claims):
             if index in failed:
                 settlements.append(Settlement(claim.stored.position, self.outcome(claim, failed[index])))
             else:
-                settlements.append(Settlement(claim.stored.position, DONE, deliveries[index].staged))
+                outputs = prepared[index].staged if self.delivers else ()
+                settlements.append(Settlement(claim.stored.position, DONE, outputs))
         return settlements
 
     def outcome(self, claim: Claim, error: BaseException) -> Outcome:
@@ -149,37 +159,48 @@ class Route:
             return None
         return self._give_up(claim, "crashed", f"its process died in {claim.attempt - 1} attempts, the last time alone")
 
-    def _invoke(self, call: Call) -> Awaitable[None]:
-        deliveries = call.deliveries
-        batch = self.subscriber.signature.batch
+    def _inject(self, delivery: Delivery[Any]) -> Awaitable[None]:
         arguments: dict[str, Any] = {}
         if self._event is not None:
-            arguments[self._event] = [d.event for d in deliveries] if batch else deliveries[0].event
+            arguments[self._event] = delivery.event
         if self._delivery is not None:
-            arguments[self._delivery] = list(deliveries) if batch else deliveries[0]
-        if not self.subscriber.signature.depends:
+            arguments[self._delivery] = delivery
+        if not self._depends:
             return self._handler(**arguments)
-        return self.plan.call(self._handler, arguments, None if batch else deliveries[0], self._shop.process)
+        return self.plan.call(self._handler, arguments, delivery, self._shop.process)
 
-    def _delivered(self, claim: Claim) -> Delivery[Any]:
+    def _inject_batch(self, deliveries: Sequence[Delivery[Any]]) -> Awaitable[None]:
+        arguments: dict[str, Any] = {}
+        if self._event is not None:
+            arguments[self._event] = [delivery.event for delivery in deliveries]
+        if self._delivery is not None:
+            arguments[self._delivery] = list(deliveries)
+        if not self._depends:
+            return self._handler(**arguments)
+        return self.plan.call(self._handler, arguments, None, self._shop.process)
+
+    def _decoded(self, claim: Claim) -> Any:
         record = claim.stored.record
         try:
-            event = self._decode[record.type](record.data)
+            return self.decode[record.type](record.data)
         except WireError as error:
             raise Undecodable(str(error)) from None
-        timeout_s = self.timeout_s
+
+    def _delivered(self, claim: Claim) -> Delivery[Any]:
+        stored, attempt = claim.stored, claim.attempt
+        record = stored.record
         return Delivery(
-            event,
+            self._decoded(claim),
             record.id,
             record.key,
             record.type,
             record.source,
             record.time_ms,
             record.headers,
-            claim.stored.position,
-            claim.attempt,
-            claim.attempt >= self._retry.attempts,
-            None if timeout_s == float("inf") else self._clock.now_ms() + int(timeout_s * 1000),
+            stored.position,
+            attempt,
+            attempt >= self._retry.attempts,
+            None if self._timeout_ms is None else self._clock.now_ms() + self._timeout_ms,
             self._stage,
             claim.token,
         )
@@ -229,6 +250,11 @@ def unhandled(claim: Claim, group: Group, telemetry: Telemetry) -> Outcome:
     position, attempt = claim.stored.position, claim.attempt
     telemetry.emit(DEAD, group=group.name, position=position, attempt=attempt, reason=dead.reason, error=dead.error)
     return dead
+
+
+def _is_positional(subscriber: Subscriber) -> bool:
+    parameter = inspect.signature(subscriber.handler).parameters[subscriber.signature.event or ""]
+    return parameter.kind is not parameter.KEYWORD_ONLY
 
 
 def _composed(subscriber: Subscriber, handle: Handle) -> Handle:

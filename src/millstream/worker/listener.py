@@ -13,7 +13,7 @@ from millstream.handlers.subscriber import Subscriber
 from millstream.telemetry import LISTENER_FAILED, Telemetry, logger
 from millstream.worker.backoff import Backoff
 from millstream.worker.call import Route
-from millstream.worker.lanes import Gate
+from millstream.worker.gate import Gate
 
 _PAGE = 500
 _WAIT_S = 5.0

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from millstream.brokers.base import Claim
+from millstream.wire.packs import is_pack
 
 
 class KeyOrder:
@@ -39,6 +40,13 @@ class KeyOrder:
                 self.waiting += 1
         return ready
 
+    def precede(self, key: str | None, claims: Sequence[Claim]) -> None:
+        """Let these wait for a busy key, before all others that do."""
+        if claims and key is not None:
+            queue = self._behind[key] = self._behind[key] or deque()
+            queue.extendleft(reversed(claims))
+            self.waiting += len(claims)
+
     def ended(self, key: str | None) -> Claim | None:
         """A claim has ended: the next one of its key, which may start now."""
         if key is None:
@@ -54,7 +62,9 @@ class KeyOrder:
         """Up to so many of those that wait for a key, to go with the claim that they wait for."""
         queue = self._behind.get(key) if key is not None else None
         taken: list[Claim] = []
-        while queue and len(taken) < room and queue[0].suspect <= 1:  # who was running in a crash is called alone
+        while queue and len(taken) < room:
+            if queue[0].suspect > 1 or is_pack(queue[0].stored.record):  # who was running in a crash is called alone
+                break
             taken.append(queue.popleft())
         self.waiting -= len(taken)
         return taken

@@ -16,8 +16,8 @@ from millstream.settings import Settings
 from millstream.telemetry import Telemetry, logger
 from millstream.units import seconds
 from millstream.worker.call import Route, Shop, Stage, routes
+from millstream.worker.gate import Gate
 from millstream.worker.janitor import Janitor
-from millstream.worker.lanes import Gate
 from millstream.worker.listener import Listener
 from millstream.worker.threads import Threads
 from millstream.worker.worker import Worker
@@ -55,7 +55,8 @@ class Process:
 
     def progress(self) -> tuple[int, ...]:
         """Changes whenever something happens: a handler starts or ends, an event is fetched or settled."""
-        return (self._gate.passed, self._gate.running, *(worker.in_flight for worker in self._workers))
+        queued = (worker.queued for worker in self._workers)
+        return (self._gate.passed, self._gate.running, *queued, *(worker.in_flight for worker in self._workers))
 
     def start(self, tasks: asyncio.TaskGroup) -> None:
         """Run the workers in a group of tasks."""

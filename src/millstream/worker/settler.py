@@ -25,7 +25,13 @@ class Settler:
     """Settles what the lanes hand over, and tells how many events have left our hands."""
 
     def __init__(
-        self, consumer: Consumer, group: str, clock: Clock, telemetry: Telemetry, settled: Callable[[int], None]
+        self,
+        consumer: Consumer,
+        group: str,
+        clock: Clock,
+        telemetry: Telemetry,
+        settled: Callable[[int], None],
+        gathered: Callable[[list[Settlement]], list[Settlement]],
     ) -> None:
         self._consumer = consumer
         self._group = group
@@ -34,6 +40,7 @@ class Settler:
         self._backoff = Backoff("settle", group, clock, telemetry)
         self._room = Backoff("store dead letters and outputs", group, clock, telemetry)
         self._settled = settled
+        self._gathered = gathered
         self._waiting: list[Settlement] = []
         self._aside: list[Settlement] = []
         self._aside_until = 0.0
@@ -66,8 +73,10 @@ class Settler:
             if self._aside and pause_s <= 0:
                 self._waiting, self._aside = self._aside + self._waiting, []
             if self._waiting:
-                batch, self._waiting = self._waiting[:MAX_SETTLE], self._waiting[MAX_SETTLE:]
-                await self._settle(batch)
+                waiting = self._gathered(self._waiting)
+                batch, self._waiting = waiting[:MAX_SETTLE], waiting[MAX_SETTLE:]
+                if batch:
+                    await self._settle(batch)
                 if not self._waiting:
                     self._idle.set()
                 continue
@@ -109,4 +118,4 @@ class Settler:
 
 
 def _needs_room(settlement: Settlement) -> bool:
-    return bool(settlement.outputs) or isinstance(settlement.outcome, Dead)
+    return bool(settlement.outputs or settlement.letters) or isinstance(settlement.outcome, Dead)

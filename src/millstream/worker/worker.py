@@ -7,8 +7,8 @@
                               ▼                            ▼                             ▼
                           handed back               dropped, handed back              forgotten
 
-What is queued, running or settling is *in flight*: fetched and not settled, at most `max_in_flight`. A crash repeats at most
-that much. The next fetch is made when half of that room is free, so that reading is done in large pieces while lanes work.
+What is queued, running or settling is *in flight*: fetched and not settled. A crash repeats at most that much; `ahead.py`
+says how much it is. The next fetch is made when a page of it is free: reading is done in large pieces while lanes work.
 
 Leaving goes from the front to the back, each stage only after the one before has ended: stop fetching, let running handlers
 end, settle their outcomes, stop the heartbeat, hand back the rest. So nothing that was finished is ever done again, and our
@@ -25,10 +25,13 @@ from millstream.errors import BrokerError
 from millstream.handlers.subscriber import Group
 from millstream.settings import Settings
 from millstream.telemetry import LOST, Telemetry
+from millstream.worker.ahead import ReadAhead
 from millstream.worker.backoff import Backoff
 from millstream.worker.call import Route
+from millstream.worker.gate import Gate
 from millstream.worker.keeper import Keeper
-from millstream.worker.lanes import Gate, Lanes
+from millstream.worker.lanes import Lanes
+from millstream.worker.runs import Runs
 from millstream.worker.settler import Settler
 
 _WAIT_S = 5.0  # how long one fetch waits for the first event
@@ -58,19 +61,27 @@ class Worker:
         self._telemetry = telemetry
         self._concurrency = _concurrency(group, settings)
         batch_size = group.batch.size if group.batch is not None else 1
-        self._max_running = self._concurrency * batch_size
-        self._max_in_flight = max(settings.max_in_flight or 2 * self._max_running, batch_size)
+        self._ahead = ReadAhead(self._concurrency * batch_size, batch_size, settings.max_in_flight)
         self._lanes: Lanes | None = None
+        self._runs = Runs(group, self._ahead, clock, telemetry, self._left)
         self._room = asyncio.Event()
         self._asked: set[int] = set()
         self._ask = asyncio.Event()
         self._stopping = asyncio.Event()
         self.joined = asyncio.Event()
         """Set when the group exists and we are a member of it."""
-        self.in_flight = 0
-        """Events fetched and not settled."""
         self.cut_off = False
         """True after `cut` had to cancel a running handler."""
+
+    @property
+    def in_flight(self) -> int:
+        """Events fetched and not settled."""
+        return self._ahead.held
+
+    @property
+    def queued(self) -> int:
+        """Events fetched and not begun."""
+        return self._lanes.queued if self._lanes is not None else 0
 
     async def run(self) -> None:
         """Consume until `stop`. Raises what cannot be mended by trying again."""
@@ -79,18 +90,20 @@ class Worker:
         common = self._clock, self._telemetry
         try:
             keeper = Keeper(consumer, self.group.name, self._subscription.lease_s, *common, self._kept)
-            settler = Settler(consumer, self.group.name, *common, self._left)
+            settler = Settler(consumer, self.group.name, *common, self._left, self._runs.gathered)
+            self._runs.begin(settler.add, able=self._broker.traits.packs)
             self._lanes = Lanes(
                 self.group,
                 self._routes,
                 consumer,
                 keeper,
                 self._gate,
-                self._clock,
-                self._telemetry,
+                *common,
                 settle=settler.add,
                 caught_up=settler.caught_up,
                 dropped=self._left,
+                turn=max(1, self._ahead.limit // 2),  # what has ended is settled while the other half is handled
+                runs=self._runs,
                 concurrency=self._concurrency,
             )
             async with asyncio.TaskGroup() as keeping:
@@ -105,6 +118,7 @@ class Worker:
                         fetching.cancel()
                         handing.cancel()
                         self._lanes.stop()
+                    self._runs.close()
                     settler.stop()
                 beating.cancel()
         finally:
@@ -123,20 +137,20 @@ class Worker:
     async def _fetch(self, consumer: Consumer, lanes: Lanes) -> None:
         """Keep the queue filled. Ends by cancellation, which `fetch` survives: nothing that it claimed is lost."""
         backoff = Backoff("fetch", self.group.name, self._clock, self._telemetry)
-        # Never so much that lanes which gather a batch would wait for events that we do not fetch.
-        enough = max(1, min(self._max_in_flight // 2, self._max_in_flight - self._max_running))
+        ahead = self._ahead
         while True:
-            while (room := self._max_in_flight - self.in_flight) < enough:
+            while not (wanted := ahead.wanted()):
                 self._room.clear()
                 await self._room.wait()
             try:
-                claims = await consumer.fetch(min(room, enough), _WAIT_S)
+                claims = await consumer.fetch(wanted, _WAIT_S)
             except BrokerError as error:
                 await backoff.pause(error)
                 continue
             backoff.reset()
             if claims:
-                self.in_flight += len(claims)
+                ahead.came(claims)
+                await self._runs.readable(claims)
                 lanes.put(claims)
 
     async def _hand_over(self, consumer: Consumer, lanes: Lanes, settler: Settler) -> None:
@@ -152,6 +166,7 @@ class Worker:
         """Finish what runs of these partitions and give them up. One that cannot be given now goes with a later beat."""
         backoff = Backoff("hand over partitions", self.group.name, self._clock, self._telemetry)
         async with lanes.drained(partitions):
+            self._runs.close(partitions)
             while True:
                 await settler.caught_up()
                 try:
@@ -163,13 +178,13 @@ class Worker:
 
     def _left(self, events: int) -> None:
         """Events have left our hands: settled, or lost."""
-        self.in_flight -= events
+        self._ahead.left(events)
         self._room.set()
 
     def _kept(self, kept: Kept) -> None:
         if kept.lost and self._lanes is not None:
             self._telemetry.emit(LOST, group=self.group.name, positions=kept.lost)
-            self._lanes.discard(kept.lost)
+            self._lanes.discard(self._runs.lose(kept.lost))
         if kept.drain:
             self._asked |= kept.drain
             self._ask.set()

@@ -1,6 +1,6 @@
 """The contract: a module that several services import."""
 
-from millstream import Dedupe, Event, Retention, Stream
+from millstream import Dedupe, Event, Pack, Retention, Stream
 
 
 class OrderPlaced(Event, type="order.placed"):
@@ -27,3 +27,4 @@ payments_due = Stream(
     confirm="fsync",
 )
 payments = Stream("payments", Charged, key=lambda event: event.order_id)
+clicks = Stream("clicks", Charged, codec="msgpack", pack=Pack(events=1_000, linger="20ms", codec="lz4"))

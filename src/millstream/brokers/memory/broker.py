@@ -21,9 +21,7 @@ from millstream.brokers.base import (
     Claim,
     Confirm,
     Consumer,
-    Dead,
     Kept,
-    Later,
     Output,
     Policy,
     Position,
@@ -40,6 +38,7 @@ from millstream.brokers.base import (
     check_mode,
     check_owner,
 )
+from millstream.brokers.letters import put_off
 from millstream.brokers.memory.admin import MemoryAdmin
 from millstream.brokers.memory.group import Group, Member
 from millstream.brokers.memory.log import Log, ordinal
@@ -62,7 +61,14 @@ class MemoryBroker:
     """Keeps everything in this process, without a bound, for as long as this object lives."""
 
     traits = Traits(
-        order=True, delayed=True, atomic_outputs=True, shared=False, dedupe=True, retention=True, slots=True
+        order=True,
+        delayed=True,
+        atomic_outputs=True,
+        shared=False,
+        dedupe=True,
+        retention=True,
+        slots=True,
+        packs=True,
     )
 
     def __init__(self, url: str, settings: Settings, clock: Clock, telemetry: Telemetry) -> None:
@@ -290,13 +296,12 @@ class MemoryConsumer:
         pending = group.held(self._member, settlement.position)
         if pending is None:
             return False
-        outcome = settlement.outcome
-        if isinstance(outcome, Dead) and group.full(settlement.position.partition):
-            outcome = Later(now_ms + int(DEAD_FULL_S * 1000), "no room for more dead letters", counted=False)
+        if group.full(settlement):
+            settlement = put_off(settlement, now_ms + int(DEAD_FULL_S * 1000))
         self._broker.check_room(settlement.outputs)
         for output in settlement.outputs:
             self._broker.store(output)
-        group.settle(pending, outcome, now_ms)
+        group.settle(pending, settlement, now_ms)
         return True
 
     def _next_change_s(self) -> float:

@@ -14,13 +14,17 @@ from millstream.brokers.base import (
     Done,
     GroupInfo,
     Later,
-    Outcome,
     PendingInfo,
     Position,
+    Settlement,
     Stored,
 )
+from millstream.brokers.ledger import Bury
+from millstream.brokers.letters import buried
 from millstream.brokers.memory.letters import Letters
+from millstream.brokers.memory.log import ordinal
 from millstream.brokers.memory.tending import seen_ms
+from millstream.wire.packs import part_of
 
 if TYPE_CHECKING:
     from millstream.brokers.memory.log import Log
@@ -53,6 +57,7 @@ class Pending:
     started: bool = False
     copy: bool = False
     """Given back by people: it does not need the event in the stream."""
+    left: Sequence[int] = ()
     holder: Member | None = None
     due_ms: int = 0
 
@@ -93,25 +98,29 @@ class Group:
         """The pending event at this position, if the member holds it."""
         return self.pending[position] if member.present and position in member.held else None
 
-    def full(self, partition: int) -> bool:
-        """True when there is no room for a dead letter of this partition."""
-        return self.dead.full(partition)
+    def full(self, settlement: Settlement) -> bool:
+        """True when there is no room for the dead letters of this settlement."""
+        count = len(settlement.letters) + isinstance(settlement.outcome, Dead)
+        return count > 0 and self.dead.full(settlement.position.partition, count)
 
-    def settle(self, pending: Pending, outcome: Outcome, now_ms: int) -> None:
-        """Turn a held event into a finished one, one that waits, or a dead letter."""
+    def settle(self, pending: Pending, settlement: Settlement, now_ms: int) -> None:
+        """Turn a held event into a finished one, one that waits, or a dead letter; and store the letters of a pack."""
         pending.suspect = 0  # its process survived it
-        match outcome:
+        for letter in buried(settlement.position, pending.attempt, settlement.letters):
+            self.dead.bury(letter, now_ms)
+        match settlement.outcome:
             case Done():
                 self._let_go(pending, forget=True)
                 self.count["done"] += 1
-            case Later(at_ms=at_ms, counted=counted):
+            case Later(at_ms=at_ms, counted=counted, left=left):
+                pending.left = left or pending.left
                 pending.attempt -= not counted
                 pending.postponed += not counted
                 self.count["retried"] += counted
                 self._wait(pending, at_ms)
             case Dead(reason=reason, error=error):
                 self._let_go(pending, forget=True)
-                self.dead.bury(pending.stored, reason, error, pending.attempt, now_ms)
+                self.dead.bury(Bury(pending.stored, reason, error, pending.attempt), now_ms)
 
     def hand_back(self, member: Member, partitions: frozenset[int]) -> None:
         """Let what a member holds of these partitions wait, due at once, as if it had not been claimed."""
@@ -155,7 +164,7 @@ class Group:
         settled = list(self.cursor)
         for position, pending in self.pending.items():
             if not (pending.copy or self._is_gone(pending)):
-                settled[position.partition] = min(settled[position.partition], int(position.offset) - 1)
+                settled[position.partition] = min(settled[position.partition], ordinal(position) - 1)
         return settled
 
     def trimmed(self) -> None:
@@ -245,18 +254,22 @@ class Group:
         member.held[position] = None
         pending.holder = member
         pending.attempt += 1
-        return Claim(pending.stored, pending.attempt, pending.suspect, pending.postponed)
+        return Claim(pending.stored, pending.attempt, pending.suspect, pending.postponed, left=pending.left)
 
     def _comes(self, position: Position) -> bool:
         """True for what comes by itself, as what had died may after a seek: it is not to come twice."""
-        return position in self.pending or int(position.offset) > self.cursor[position.partition]
+        if position in self.pending or ordinal(position) > self.cursor[position.partition]:
+            return True
+        entry, part = part_of(position.offset)
+        pack = self.pending.get(Position(position.partition, entry))
+        return pack is not None and (not pack.left or part in pack.left)
 
     def _is_settled(self, position: Position) -> bool:
-        return not self._comes(position) and int(position.offset) > self.log.gone[position.partition]
+        return not self._comes(position) and ordinal(position) > self.log.gone[position.partition]
 
     def _is_gone(self, pending: Pending) -> bool:
         position = pending.stored.position
-        return not pending.copy and int(position.offset) <= self.log.gone[position.partition]
+        return not pending.copy and ordinal(position) <= self.log.gone[position.partition]
 
     def _give(self, stored: Stored, now_ms: int) -> None:
         pending = self.pending[stored.position] = Pending(stored, copy=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from millstream.brokers.base import DeadLetter, Stored
+from millstream.brokers.base import DeadLetter
+from millstream.brokers.ledger import Bury
 from millstream.units import MAX_DEAD, MAX_ERROR_CHARS
 
 
@@ -23,12 +24,12 @@ class Letters(dict[str, DeadLetter]):
             return False
         return sum(letter.stored.position.partition == partition for letter in self.values()) + more > MAX_DEAD
 
-    def bury(self, stored: Stored, reason: str, error: str, attempts: int, now_ms: int) -> None:
+    def bury(self, letter: Bury, now_ms: int) -> None:
         """Keep an event that was given up."""
         self._buried += 1
         ref = f"{self._buried:012}"
-        what = self._stream, self._group, stored, reason, error[:MAX_ERROR_CHARS]
-        self[ref] = DeadLetter(*what, attempts, now_ms, ref)
+        what = self._stream, self._group, letter.stored, letter.reason, letter.error[:MAX_ERROR_CHARS]
+        self[ref] = DeadLetter(*what, letter.attempts, now_ms, ref)
 
     def take(self, ref: str, *, replay: bool) -> DeadLetter | None:
         """Remove a letter, to replay or to drop it; None when it is gone."""

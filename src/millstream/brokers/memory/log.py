@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from millstream.brokers.base import LATER, Policy, Position, Record, Start, Stored, StreamInfo, StreamSpec
 from millstream.brokers.memory.ids import Ids
 from millstream.errors import BrokerFull, BrokerRefused
+from millstream.wire.packs import part_of
 
 if TYPE_CHECKING:
     from millstream.brokers.memory.group import Group
@@ -207,5 +208,5 @@ def _weight(record: Record) -> int:
 
 
 def ordinal(position: Position | None) -> int:
-    """How many events there were up to this position."""
-    return 0 if position is None else int(position.offset)
+    """How many events there were up to this position; that of an event of a pack is where the pack lies."""
+    return 0 if position is None else int(part_of(position.offset)[0])

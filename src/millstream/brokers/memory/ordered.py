@@ -34,7 +34,8 @@ from millstream.brokers.ledger import (
     View,
 )
 from millstream.brokers.memory.letters import Letters
-from millstream.brokers.memory.part import NEVER, Note, Part, Queue
+from millstream.brokers.memory.log import ordinal
+from millstream.brokers.memory.part import NEVER, Note, Parked, Part, Queue
 from millstream.brokers.memory.tending import seen_ms
 from millstream.brokers.window import keyless
 from millstream.errors import BrokerFull, LeaseLost
@@ -168,7 +169,7 @@ class OrderedGroup:
                 partition,
                 key,
                 len(queue.events),
-                queue.events[0].position,
+                queue.events[0].stored.position,
                 queue.attempts,
                 queue.shown_due_ms(),
                 queue.error,
@@ -182,7 +183,7 @@ class OrderedGroup:
     def parked(self, key: ParkedKey) -> list[Stored]:
         """The events that wait of a key."""
         queue = self.parts[key.partition].parked.get(key.key)
-        return list(queue.events) if queue else []
+        return [event.stored for event in queue.events] if queue else []
 
     def release_key(self, key: ParkedKey) -> bool:
         """Let a key be tried at once, attempts counted anew; False when it does not wait."""
@@ -227,28 +228,27 @@ class OrderedGroup:
     def pending_infos(self) -> list[PendingInfo]:
         """What is parked."""
         return [
-            PendingInfo(stored.position, "", queue.attempts, queue.shown_due_ms())
+            PendingInfo(event.stored.position, "", queue.attempts, queue.shown_due_ms())
             for part in self.parts
             for queue in part.parked.values()
-            for stored in queue.events
+            for event in queue.events
         ]
 
     def _apply(self, part: Part, effect: Effect, now_ms: int, broker: MemoryBroker) -> None:
         match effect:
             case Output():
                 broker.store(effect)
-            case Bury(stored=stored, reason=reason, error=error, attempts=attempts):
-                self.dead.bury(stored, reason, error, attempts, now_ms)
-            case Park(key=key, stored=stored):
+            case Bury():
+                self.dead.bury(effect, now_ms)
+            case Park(key=key, stored=stored, left=left):
                 queue = part.parked.get(key)
                 if queue is None:
                     figures = effect.attempts, effect.postponed
                     error = effect.error[:MAX_ERROR_CHARS]
                     queue = part.parked[key] = Queue(effect.due_ms, now_ms, deque(), *figures, error=error)
-                queue.events.append(stored)
+                queue.events.append(Parked(stored, left))
             case Delay(key=key, offset=offset) if self._is_head(part, key, offset):
-                error = effect.error[:MAX_ERROR_CHARS]
-                part.parked[key].ended(effect.due_ms, effect.attempts, effect.postponed, error)
+                part.parked[key].ended(effect)
             case Pop(key=key, offset=offset) if self._is_head(part, key, offset):
                 part.parked[key].next()
                 if not part.parked[key].events:
@@ -256,23 +256,24 @@ class OrderedGroup:
 
     def _park(self, stored: Stored, now_ms: int) -> None:
         parked = self.parts[stored.position.partition].parked
-        parked.setdefault(_key(stored), Queue(0.0, now_ms)).events.append(stored)
+        parked.setdefault(_key(stored), Queue(0.0, now_ms)).events.append(Parked(stored))
         self.log.wake()
 
     def _comes_anyway(self, stored: Stored) -> bool:
-        part = self.parts[stored.position.partition]
+        part, position = self.parts[stored.position.partition], stored.position
         queue = part.parked.get(_key(stored))
-        waits = queue is not None and any(event.position == stored.position for event in queue.events)
-        return waits or not part.covers(stored.position.offset)
+        waits = queue is not None and any(event.stored.position == position for event in queue.events)
+        return waits or not part.covers(ordinal(position))
 
     def _is_head(self, part: Part, key: str, offset: str) -> bool:
-        return key in part.parked and part.parked[key].events[0].position.offset == offset
+        return key in part.parked and part.parked[key].events[0].stored.position.offset == offset
 
     def _begin(self, queue: Queue, key: str, token: int) -> Head:
         queue.attempts += 1
         queue.started = True
         suspect = queue.crashes + 1 if queue.crashes else 0
-        return Head(key, Claim(queue.events[0], queue.attempts, suspect, queue.postponed, token=token))
+        stored, left = queue.events[0]
+        return Head(key, Claim(stored, queue.attempts, suspect, queue.postponed, token=token, left=left))
 
     def _lag(self) -> int:
         """Events behind the mark; what is parked is not among them."""

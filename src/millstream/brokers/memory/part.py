@@ -7,12 +7,23 @@ and goes on with; should it lose the partition, the rest of that is counted when
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from millstream.brokers.base import Stored
-from millstream.brokers.ledger import HELD_MS, Committed, State
+from millstream.brokers.ledger import HELD_MS, Committed, Delay, State
+from millstream.brokers.memory.log import ordinal
+from millstream.units import MAX_ERROR_CHARS
 
 NEVER = float("inf")
+
+
+class Parked(NamedTuple):
+    """An event that is set aside; of a pack, what is left of it."""
+
+    stored: Stored
+    left: Sequence[int] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -21,7 +32,7 @@ class Queue:
 
     due_ms: float
     since_ms: int
-    events: deque[Stored] = field(default_factory=deque)
+    events: deque[Parked] = field(default_factory=deque)
     attempts: int = 0
     postponed: int = 0
     crashes: int = 0
@@ -42,10 +53,11 @@ class Queue:
         """For people: when the head is tried; None while it waits for one of them."""
         return None if self.due_ms >= HELD_MS else int(self.due_ms)
 
-    def ended(self, due_ms: float, attempts: int, postponed: int, error: str) -> None:
+    def ended(self, again: Delay) -> None:
         """The head has come to an end that is not its last: it did not kill its process."""
-        self.due_ms, self.attempts, self.postponed, self.error = due_ms, attempts, postponed, error
-        self.crashes, self.started = 0, False
+        self.due_ms, self.attempts, self.postponed = again.due_ms, again.attempts, again.postponed
+        self.crashes, self.started, self.error = 0, False, again.error[:MAX_ERROR_CHARS]
+        self.events[0] = self.events[0]._replace(left=again.left)
 
 
 @dataclass(slots=True, eq=False)
@@ -85,9 +97,9 @@ class Part:
         """How many events are parked of all its keys."""
         return sum(len(queue.events) for queue in self.parked.values())
 
-    def covers(self, offset: str) -> bool:
+    def covers(self, number: int) -> bool:
         """True for what is settled, as far as that is stored."""
-        return int(offset) <= max(self.w, int(self.h or 0)) and offset not in self.open
+        return number <= max(self.w, int(self.h or 0)) and str(number) not in self.open
 
     def lose(self, gone: int) -> int:
         """Pass over what is gone from the stream, was not settled, and nobody has; how many events are newly lost."""
@@ -122,7 +134,7 @@ class Part:
         self.notes.clear()
         for key, queue in list(self.parked.items()):
             head = queue.events[0]
-            queue.events = deque(stored for stored in queue.events if int(stored.position.offset) <= w)
+            queue.events = deque(event for event in queue.events if ordinal(event.stored.position) <= w)
             queue.started = False
             if not queue.events:
                 del self.parked[key]
@@ -130,4 +142,4 @@ class Part:
                 queue.anew()
 
     def _unsettled(self, begin: int, end: int) -> int:
-        return sum(not self.covers(str(ordinal)) for ordinal in range(begin + 1, end + 1))
+        return sum(not self.covers(number) for number in range(begin + 1, end + 1))

@@ -31,6 +31,7 @@ from millstream.brokers.base import (
     Traits,
     check_declared,
 )
+from millstream.brokers.budget import Budget
 from millstream.brokers.ordered import OrderedConsumer
 from millstream.brokers.redis import appending, control
 from millstream.brokers.redis.admin import RedisAdmin
@@ -59,7 +60,7 @@ MAX_PAGE_BYTES = 8_388_608  # what one read should bring at most, by the sizes o
 POLL_S = 0.25  # how often a reader without connection looks
 WIRE_VERSION = b"1"  # of keys and entries, as recorded with each stream
 
-_TRAITS = Traits(order=True, delayed=True, dedupe=True, retention=True, slots=True)
+_TRAITS = Traits(order=True, delayed=True, dedupe=True, retention=True, slots=True, packs=True)
 _RECORDED = ("v", "partitions", "key", "codec", "policy")
 _LAST_SEQUENCE = 18_446_744_073_709_551_615
 
@@ -72,9 +73,12 @@ class RedisBroker:
         self.clock = clock
         self.telemetry = telemetry
         self.target = control.target(url, settings)
+        self.url = self.target.url
+        """Where it is, without the password."""
         self._traits = msgspec.structs.replace(_TRAITS, atomic_outputs=not self.target.outputs_before)
         self._warned = False
         self._admin = RedisAdmin(self)
+        self._budget = Budget()
         self._tending = Tending(self)
         self._open = False
         self._run_id = ""
@@ -101,11 +105,6 @@ class RedisBroker:
     def admin(self) -> Admin:
         """What people and monitoring look through."""
         return self._admin
-
-    @property
-    def url(self) -> str:
-        """Where it is, without the password."""
-        return self.target.url
 
     async def open(self) -> None:
         """Connect, and look whether the server is fit. Once open, it does nothing."""
@@ -176,6 +175,11 @@ class RedisBroker:
         await known.fresh(link, self.clock.monotonic())
         return await appending.append(link, known, records, await self._level(link, confirm))
 
+    def prepared(self, stream: str, records: Sequence[Record]) -> Sequence[Record]:
+        """The records with what `append` sends for them, if the stream is known and asks for nothing."""
+        known = self._streams.get(stream)
+        return appending.prepared(known, records) if known is not None and known.plain else records
+
     async def append_slot(self, stream: str, slot: Slot, record: Record | None) -> bool:
         """Store the event of one slot of a schedule, and that it was, in one step."""
         link = await self._publish.get()
@@ -202,7 +206,7 @@ class RedisBroker:
         found = await link.call("XRANGE", known.log(partition), start, "+", "COUNT", count)
         if found:
             largest_bytes = max(sum(map(len, fields)) for _, fields in found)
-            known.largest_bytes = max(largest_bytes, known.largest_bytes // 2, 1)
+            known.largest_bytes = max(largest_bytes, known.largest_bytes // 8, 1)
         return [_stored(partition, offset.decode(), fields) for offset, fields in found]
 
     async def locate(self, stream: str, start: Start) -> Mapping[int, Position | None]:
@@ -250,7 +254,7 @@ class RedisBroker:
         if not subscription.order:
             return await RedisConsumer.join(self, subscription)
         await self.declare(subscription.stream)
-        consumer = OrderedConsumer(Lives(self, subscription), subscription, self.clock, self.telemetry)
+        consumer = OrderedConsumer(Lives(self, subscription), subscription, self.clock, self.telemetry, self._budget)
         try:
             await consumer.enter()
         except OtherOrder:  # it was switched back as we came: nobody is to wait for us

@@ -10,8 +10,8 @@ would be too large for ever. Until then the gap stands in the lease, so that the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from hiredis import ReplyError
 from msgspec.structs import replace
@@ -58,21 +58,23 @@ class Gaps:
     def counted(self, commit: Commit) -> Commit:
         """A commit whose ordinal counts what was never read."""
         count = self._counts.get(commit.partition)
-        if count is None or commit.ordinal is None:
+        missing = count.missing(commit.w or _BEFORE_ALL) if count is not None else 0
+        if not missing or commit.ordinal is None:
             return commit
-        return replace(commit, ordinal=commit.ordinal + count.missing(commit.w or _BEFORE_ALL))
+        return replace(commit, ordinal=commit.ordinal + missing)
 
-    async def look(self, link: Link, partitions: Sequence[int]) -> None:
+    async def look(self, link: Link, partitions: Iterable[int]) -> None:
         """Now and then, while no read of these is under way, find out what is gone, and count it."""
         now = self._clock.monotonic()
         if now < self._look_at:
             return
         self._look_at = now + self._period_s
         looked = [partition for partition in partitions if partition in self._counts]
-        replies = await link.calls([("XINFO", "STREAM", self._place.at[partition].log) for partition in looked])
-        for partition, reply in zip(looked, replies, strict=True):
-            info = {} if isinstance(reply, ReplyError) else dict(zip(reply[::2], reply[1::2], strict=True))
-            gap = self._counts[partition].look(info)
+        ends = await link.run_each(scripts["ends"], [((self._place.at[partition].log,), ()) for partition in looked])
+        for partition, reply in zip(looked, ends, strict=True):
+            if isinstance(reply, ReplyError):
+                raise link.failure(reply, "script ends")
+            gap = self._counts[partition].look(*reply) if reply else None
             if gap is not None:
                 await self._lose(link, partition, gap)
 
@@ -103,16 +105,15 @@ class Count:
             self._ordinal += count + self.missing(last) - self.missing(self._after)
         self._after = last
 
-    def look(self, info: Mapping[bytes, Any]) -> Gap | None:
-        """What is newly gone, as the log is now."""
-        added = info.get(b"entries-added")
+    def look(self, length: int, added: int | None, first: bytes, last: bytes) -> Gap | None:
+        """What is newly gone, as the log is now: see `ends.lua`."""
         if added is None:
             return None
-        first, at_end = info[b"first-entry"], info[b"last-generated-id"].decode() == self._after
+        at_end = last.decode() == self._after
         if self._ordinal is None:  # exact again at the end
             self._ordinal = added if at_end else None
-        elif not first or after(first[0].decode(), self._after):
-            return self._gap(added - info[b"length"])
+        elif not first or after(first.decode(), self._after):
+            return self._gap(added - length)
         elif at_end:
             return self._gap(added)
         return None

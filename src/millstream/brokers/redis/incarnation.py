@@ -25,23 +25,24 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from millstream.brokers.base import Claim, OtherOrder, Output, Position, Stored, Subscription
+from millstream.brokers.base import Claim, Letter, OtherOrder, Output, Position, Stored, Subscription
 from millstream.brokers.redis.acks import MAX_ACKS, Acks
-from millstream.brokers.redis.claims import again, fault
+from millstream.brokers.redis.claims import again
 from millstream.brokers.redis.joining import confirm, join
+from millstream.brokers.redis.letters import given_up
 from millstream.brokers.redis.link import BLOCK_MARGIN_S, BLOCK_S, Answers, Link, ReplyError, pack, vanished
 from millstream.brokers.redis.members import MAX_ITEMS, Members, Place
 from millstream.brokers.redis.outputs import Staged, Targets
 from millstream.brokers.redis.passed import Passed
 from millstream.brokers.redis.scripts import scripts
-from millstream.errors import BrokerDown, BrokerError, BrokerRefused, WireError
+from millstream.brokers.redis.sizes import Sizes
+from millstream.errors import BrokerDown, BrokerError, BrokerRefused
 from millstream.units import MAX_DEAD
-from millstream.wire import entry
+from millstream.wire.entry import read_page
 
 if TYPE_CHECKING:
     from millstream.brokers.redis.broker import RedisBroker
 
-MAX_REPLY_BYTES = 8_388_608  # what one read should bring at most, by the largest event seen so far
 MAX_WAITING = 100_000  # waiting entries of a partition; above, nothing new is read, or an outage would pile all up here
 MAX_DUE_LOOKS = 64  # partitions whose first due time is asked for in one watch
 AUDIT_S = 60.0
@@ -59,9 +60,12 @@ class Item(NamedTuple):
     offset: str
     attempt: int
     detail: str | int = 0
-    error: bytes = b""
+    more: str = ""
+    """The error of a dead letter; of a pack that is to be tried again, what is left of it."""
     outputs: Sequence[Output] = ()
     """What is stored with it, in the same step."""
+    letters: Sequence[Letter] = ()
+    """Of a pack, the events that are given up, in the same step too."""
 
 
 class Incarnation:
@@ -93,7 +97,7 @@ class Incarnation:
         self._reading: Answers | None = None
         self._blocked_until_ms = 0.0
         self._waiting = [0] * len(place.partitions)
-        self._largest_bytes = 1
+        self._sizes = Sizes()
         self._asked = 0
         self._next_look = 0
         self._watch_at = self._beat_at = self._asked_at = self._recover_at = self._doubt_until = 0.0
@@ -313,8 +317,11 @@ class Incarnation:
         outputs = {
             n: [staged.add(output) for output in item.outputs] for n, item in enumerate(items, 1) if item.outputs
         }
+        letters = {
+            n: [given_up(letter, blobs) for letter in item.letters] for n, item in enumerate(items, 1) if item.letters
+        }
         who = self.place.group, self.name, self._nonce, partition, MAX_DEAD
-        packed = msgspec.msgpack.encode(outputs) if outputs else b""
+        packed = b"".join(map(msgspec.msgpack.encode, (outputs, letters))) if outputs or letters else b""
         args = (*who, len(items), packed, *words, *blobs)
         state, *results = await self.writer.run(scripts["settle"], (*keys, *staged.keys), args)
         if state == b"FENCED":
@@ -383,11 +390,12 @@ class Incarnation:
         # The server ends blocked reads every 100 ms only, so what falls due meanwhile would be late: we end them.
         if block_ms <= 0:
             return await reading
+        timer = self._clock.call_later(block_ms / 1000, reading.leave)
         try:
-            async with self._clock.timeout(block_ms / 1000):
-                return await reading
-        except TimeoutError:
-            return await self._cut(reading)
+            await reading
+        finally:
+            timer.cancel()
+        return await self._cut(reading)
 
     async def _cut(self, reading: Answers) -> list[Any]:
         # The answer of a read whose awaiter is gone. It may be empty; it is never lost.
@@ -403,34 +411,29 @@ class Incarnation:
     def _read_command(self, limit: int, block_ms: int, partitions: Sequence[int]) -> bytes:
         if not partitions:
             return b""
-        self._asked = max(1, min(limit, MAX_REPLY_BYTES // self._largest_bytes) // len(partitions))
+        self._asked = max(1, min(limit, self._sizes.most) // len(partitions))
         block = ("BLOCK", block_ms) if block_ms > 0 else ()
         logs = [self.place.at[partition].log for partition in partitions]
         count = ("COUNT", self._asked, *block, "STREAMS", *logs, *[">"] * len(logs))
         return pack("XREADGROUP", "GROUP", self.place.group, self.name, *count) + pack("GET", self._fence)
 
     def _claim(self, found: Sequence[Any]) -> None:
-        add, read, largest = self.surplus.append, entry.read, self._largest_bytes
+        largest_bytes = 0
         for log, entries in found:
             partition = self._partition_of[log]
-            held = self.held[partition]
             if len(entries) == self._asked:
                 self.full.append(partition)
-            for id_, fields in entries:
-                offset = id_.decode()
+            add, held = self.surplus.append, self.held[partition]
+            for offset, record, why in read_page(partition, entries):
+                if len(record.data) > largest_bytes:
+                    largest_bytes = len(record.data)
                 if offset in held:  # the group was made again under us, and begins to count anew
                     held[offset] = 1 if held[offset] > 0 else -1
-                    continue
-                held[offset] = 1
-                try:
-                    record = read(fields, partition=partition, offset=offset, stored_ms=int(id_.split(b"-")[0]))
-                except WireError as error:
-                    add(fault(partition, offset, fields, 1, str(error)))
-                    continue
-                if len(record.data) > largest:
-                    largest = len(record.data)
-                add(Claim(Stored(Position(partition, offset), record), 1))
-        self._largest_bytes = largest
+                else:
+                    held[offset] = 1
+                    add(Claim(Stored(Position(partition, offset), record), 1, 0, 0, why))
+        if found:
+            self._sizes.seen(largest_bytes)
 
     async def _recall(self, partition: int, ids: Sequence[bytes]) -> None:
         at = self.place.at[partition]
@@ -450,9 +453,9 @@ class Incarnation:
             raise self._acks.lost()
         first, _, *rows = answer
         held = self.held[partition]
-        for id_, count, note, postponed, fields in rows:
+        for id_, count, note, postponed, fields, *left in rows:
             offset = id_.decode()
             if offset not in held:  # else it waits for its settlement to be sent again, which must show this count
-                self.surplus.append(again(partition, offset, count, note, postponed, fields))
-            held[offset] = -count if note or postponed != b"0" else count
+                self.surplus.append(again(partition, offset, count, note, postponed, fields, *left))
+            held[offset] = -count if note or left or postponed != b"0" else count
         return len(rows), float(first) if first else _NEVER

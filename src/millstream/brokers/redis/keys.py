@@ -60,7 +60,8 @@ class Keys:
         return self._beside(partition, f"due:{group}")
 
     def note(self, partition: int, group: str) -> bytes:
-        """Hash: entries that a crash left behind, and how often they had been started."""
+        """Hash: entries that a crash left behind, and how often they had been started. `+<id>`: how often one was put off;
+        `*<id>`: of a pack that was tried before, which of its events are left."""
         return self._beside(partition, f"note:{group}")
 
     def dead(self, partition: int, group: str) -> bytes:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
@@ -41,9 +41,8 @@ from millstream.brokers.ledger import (
     View,
 )
 from millstream.brokers.redis import outputs, parked
-from millstream.brokers.redis.claims import fault
 from millstream.brokers.redis.gaps import Gaps
-from millstream.brokers.redis.incarnation import MAX_REPLY_BYTES, TRUST
+from millstream.brokers.redis.incarnation import TRUST
 from millstream.brokers.redis.joining import join
 from millstream.brokers.redis.link import BLOCK_S, Link, ReplyError, pack
 from millstream.brokers.redis.members import MAX_DEAD_AT_ONCE, SWEEP_S, Place, Ticks, behind, new_name
@@ -51,14 +50,15 @@ from millstream.brokers.redis.outputs import Targets
 from millstream.brokers.redis.pair import Pair
 from millstream.brokers.redis.progress import BEFORE_ALL, call, committed, grant
 from millstream.brokers.redis.scripts import scripts
-from millstream.errors import BrokerDown, BrokerError, BrokerFull, LeaseLost, WireError
+from millstream.brokers.redis.sizes import Sizes
+from millstream.brokers.redis.turns import MAX_EVENTS, PAGE, Turns
+from millstream.errors import BrokerDown, BrokerError, BrokerFull, LeaseLost
 from millstream.wire import entry
 
 if TYPE_CHECKING:
     from millstream.brokers.redis.broker import RedisBroker
 
 MAX_FORMERS = 16  # former lives whose leases are ours; those of older ones are silent by now
-LEAST_COUNT = 256  # events asked of each partition: one alone may have them all
 
 _NEVER = float("inf")
 
@@ -120,9 +120,10 @@ class RedisLedger:
         self._beat_at = 0.0
         self._sweep_at = 0.0
         self._gaps = Gaps(place, name, broker.clock, subscription.lease_s)
+        self._turns = Turns()
         self._ahead_ms = 0.0
         self._silent: Mapping[str, bytes] = {}
-        self._largest_bytes = 1
+        self._sizes = Sizes()
         self._appended: dict[int, tuple[int, int]] = {}
 
     # Its life.
@@ -225,6 +226,7 @@ class RedisLedger:
             return None
         found = grant(seen.partition, answer)
         self._gaps.begin(found, answer[-1])
+        self._turns.acquired(seen.partition)
         return found
 
     async def ask(self, seen: Lease) -> None:
@@ -241,27 +243,26 @@ class RedisLedger:
 
     async def read(self, cursors: Mapping[int, Cursor], limit: int, wait_s: float) -> list[Claim]:
         """Events behind the cursors; waits for the first one, for a second at most."""
-        await self._gaps.look(await self._writer(), list(cursors))
-        block_s = 0.0 if self._pair.woken else min(wait_s, BLOCK_S)
+        await self._gaps.look(await self._writer(), cursors)
+        partitions, busy = self._turns.next(cursors, self._sizes.most)
+        room = max(cursor.room for cursor in cursors.values())
+        count = self._count(len(partitions), busy, limit, room)
+        block_s = 0.0 if busy or self._pair.woken else min(wait_s, BLOCK_S)
         block_ms = math.ceil(block_s * 1000)
-        try:
-            found = await self._pair.read(self._read_command(cursors, limit, block_ms), block_ms / 1000)
-        except BrokerDown:
-            if self._replaced:  # all that could come is lost with this life
-                return []
-            raise
-        if isinstance(found, ReplyError):
-            raise (await self._writer()).failure(found, "XREAD")
-        if found and self._clock.monotonic() - self._beat_at > TRUST * self._subscription.lease_s:
+        pages = await self._pages(partitions, cursors, count, block_ms)
+        while self._sizes.unsure and any(len(entries) >= count for entries in pages.values()):
+            # It was small since nobody knew what would come: the same again, larger, or callers would get a few at a time.
+            self._sizes.seen(max(sum(map(len, fields)) for entries in pages.values() for _, fields in entries))
+            count = self._count(len(partitions), busy, limit, room)
+            pages = await self._pages(partitions, cursors, count, 0)
+        if pages and self._clock.monotonic() - self._beat_at > TRUST * self._subscription.lease_s:
             await self.beat()  # we may have been taken for dead
+        self._turns.read(partitions, [partition for partition, entries in pages.items() if len(entries) >= count])
         claims: list[Claim] = []
-        for log, entries in found or ():
-            partition = self._partition_of[log]
-            cursor = cursors[partition]
-            read = list(self._claims(partition, entries[: cursor.room], cursor.epoch))
-            if read:
-                self._gaps.passed(partition, cursor, read[-1].stored.position.offset, len(read))
-            claims += read
+        for partition, entries in pages.items():
+            claims += self._claims(partition, entries, cursors[partition])
+        if claims:
+            self._sizes.seen(max([len(claim.stored.record.data) for claim in claims]))
         return claims
 
     def wake(self) -> None:
@@ -357,27 +358,40 @@ class RedisLedger:
         owner, epoch, want, heir = ((field or b"").decode() for field in fields)
         return Lease(partition, owner, int(epoch or 0), want, heir, self._ours(first[1]) if first else _NEVER)
 
-    def _read_command(self, cursors: Mapping[int, Cursor], limit: int, block_ms: int) -> bytes:
-        room = max(cursor.room for cursor in cursors.values())
-        each = MAX_REPLY_BYTES // self._largest_bytes // len(cursors)
-        count = max(1, min(room, each, max(LEAST_COUNT, limit // len(cursors))))
+    def _count(self, partitions: int, busy: int, limit: int, room: int) -> int:
+        page = max(PAGE, min(limit, MAX_EVENTS) // busy) if busy else MAX_EVENTS // partitions
+        return max(1, min(page, room, self._sizes.most // partitions))
+
+    async def _pages(
+        self, partitions: Sequence[int], cursors: Mapping[int, Cursor], count: int, block_ms: int
+    ) -> dict[int, Sequence[Any]]:
+        """Entries behind the cursors, by partition."""
+        try:
+            found = await self._pair.read(self._read_command(partitions, cursors, count, block_ms), block_ms / 1000)
+        except BrokerDown:
+            if self._replaced:  # all that could come is lost with this life
+                return {}
+            raise
+        if isinstance(found, ReplyError):
+            raise (await self._writer()).failure(found, "XREAD")
+        return {self._partition_of[log]: entries for log, entries in found or ()}
+
+    def _read_command(
+        self, partitions: Sequence[int], cursors: Mapping[int, Cursor], count: int, block_ms: int
+    ) -> bytes:
         block = ("BLOCK", block_ms) if block_ms > 0 else ()
-        logs = [self._place.at[partition].log for partition in cursors]
-        ids = [cursor.after or BEFORE_ALL for cursor in cursors.values()]
+        logs = [self._place.at[partition].log for partition in partitions]
+        ids = [cursors[partition].after or BEFORE_ALL for partition in partitions]
         return pack("XREAD", "COUNT", count, *block, "STREAMS", *logs, *ids)
 
-    def _claims(self, partition: int, entries: Sequence[Any], token: int) -> Iterable[Claim]:
-        read, largest = entry.read, self._largest_bytes
-        for id_, fields in entries:
-            offset = id_.decode()
-            try:
-                record = read(fields, partition=partition, offset=offset, stored_ms=int(id_.split(b"-")[0]))
-            except WireError as error:
-                yield replace(fault(partition, offset, fields, 1, str(error)), token=token)
-                continue
-            if len(record.data) > largest:
-                self._largest_bytes = largest = len(record.data)
-            yield Claim(Stored(Position(partition, offset), record), 1, token=token)
+    def _claims(self, partition: int, entries: Sequence[Any], cursor: Cursor) -> list[Claim]:
+        page = entry.read_page(partition, entries[: cursor.room])
+        if page:
+            self._gaps.passed(partition, cursor, page[-1][0], len(page))
+        return [
+            Claim(Stored(Position(partition, offset), record), 1, 0, 0, fault, cursor.epoch)
+            for offset, record, fault in page
+        ]
 
     async def _commit(self, writer: Link, commits: Sequence[Commit], targets: Targets | None) -> dict[int, Committed]:
         calls = [call(self._place, self.name, self._gaps.counted(commit), self._theirs, targets) for commit in commits]

@@ -106,6 +106,11 @@ class Answers:
         if not self._future.done():  # done: the awaiter was cancelled
             self._future.set_result(None)
 
+    def leave(self) -> None:
+        """Let the awaiter go with what has come so far; the rest goes on coming into `got`."""
+        if not self._future.done():
+            self._future.set_result(None)
+
     def then(self, call: Callable[[], object]) -> None:
         """Call back when all have come, no more will, or who awaited them was cancelled."""
         self._future.add_done_callback(lambda _: call())
@@ -318,7 +323,7 @@ class Link(asyncio.Protocol):
         except hiredis.ProtocolError as error:
             return self._end(BrokerDown(f"{self.target.where} does not speak Redis's protocol ({error})"))
         self._room.set()
-        if _code(self._complaint) == "READONLY":  # demoted: whatever we do here is not on the new master
+        if self._complaint and _code(self._complaint) == "READONLY":  # demoted: none of this is on the new master
             self._end(self.failure(ReplyError(self._complaint), "write"))
 
     def pause_writing(self) -> None:

@@ -1,6 +1,7 @@
 """A parked event as it is stored: its id, a blank, and its fields as MessagePack. Whole, so that trimming loses nothing.
 
-The id comes first and in plain text, so that a script compares it without decoding anything.
+The id comes first and in plain text, so that a script compares it without decoding anything. So does, of a pack that was
+tried before, what is left of it: `1693-0 0,3 …`. A digit is no MessagePack array, so it cannot be taken for the fields.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 import msgspec
 
 from millstream.brokers.base import Claim, Position, Record, Stored
+from millstream.brokers.redis import parts
 from millstream.errors import WireError
 from millstream.wire import entry
 
@@ -17,14 +19,15 @@ _decoder = msgspec.msgpack.Decoder(list[bytes])
 _encoder = msgspec.msgpack.Encoder()
 
 
-def encode(stored: Stored) -> bytes:
-    """A parked event."""
-    return stored.position.offset.encode() + b" " + _encoder.encode(fields(stored))
+def encode(stored: Stored, left: Sequence[int] = ()) -> bytes:
+    """A parked event; of a pack that was tried before, with what is left of it."""
+    front = f"{stored.position.offset} {parts.text(left)} " if left else f"{stored.position.offset} "
+    return front.encode() + _encoder.encode(fields(stored))
 
 
 def decode(partition: int, parked: bytes) -> tuple[Stored, str]:
     """The event, and why it is none: then it has an empty type, and a preview as its data."""
-    id_, _, packed = parked.partition(b" ")
+    id_, _, packed = _split(parked)
     offset = id_.decode()
     position, stored_ms = Position(partition, offset), int(id_.partition(b"-")[0])
     found = _decoder.decode(packed)
@@ -41,10 +44,20 @@ def claim(partition: int, head: Sequence[bytes | int], token: int) -> Claim:
     assert isinstance(parked, bytes)
     stored, fault = decode(partition, parked)
     suspect = int(crashes) + 1 if int(crashes) else 0
-    return Claim(stored, int(attempts), suspect, int(postponed), fault, token)
+    left = parts.numbers(_split(parked)[1])
+    return Claim(stored, int(attempts), suspect, int(postponed), fault, token, left)
 
 
 def fields(stored: Stored) -> tuple[bytes, ...]:
     """The fields of an event as they are stored; of what is none, only its preview."""
     record = stored.record
     return entry.write(record) if record.type else (b"data", record.data)
+
+
+def _split(parked: bytes) -> tuple[bytes, bytes, bytes]:
+    """Id, what is left, and fields."""
+    id_, _, rest = parked.partition(b" ")
+    if not rest[:1].isdigit():
+        return id_, b"", rest
+    left, _, packed = rest.partition(b" ")
+    return id_, left, packed

@@ -6,14 +6,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from millstream.brokers import window
 from millstream.brokers.base import ParkedKey, PendingInfo, Position, Start, Stored, Subscription
 from millstream.brokers.ledger import HELD_MS
 from millstream.brokers.redis import parked
 from millstream.brokers.redis.link import ReplyError
 from millstream.brokers.redis.members import MAX_ITEMS, Place, behind
 from millstream.brokers.redis.scripts import scripts
-from millstream.brokers.window import keyless
 from millstream.errors import BadStream, BrokerDown
+from millstream.wire.packs import part_of
 
 if TYPE_CHECKING:
     from millstream.brokers.redis.broker import RedisBroker
@@ -89,7 +90,7 @@ class People:
                 for due_ms, events, info in zip(scores.values(), lists, attempts, strict=True)
                 for index, event in enumerate(events)
             ]
-            found.sort(key=lambda row: [int(part) for part in row[0].partition(b" ")[0].split(b"-")])
+            found.sort(key=lambda row: _order(row[0]))
             for event, attempt, due_ms in islice(found, limit):
                 position = Position(partition, event.partition(b" ")[0].decode())
                 infos.append(PendingInfo(position, "", attempt, due_ms))
@@ -223,8 +224,13 @@ def _repark(place: Place, partition: int, events: Sequence[Stored]) -> tuple[Seq
     return (at.log, at.lease, at.parked, at.parkinfo, *lists), (place.group, *words)
 
 
+def _order(event: bytes) -> tuple[tuple[int, ...], int]:
+    offset, part = part_of(event.partition(b" ")[0].decode())
+    return window.place(offset), -1 if part is None else part
+
+
 def _key(stored: Stored) -> str:
-    return stored.record.key or keyless(stored.position.offset)
+    return stored.record.key or window.keyless(stored.position.offset)
 
 
 def _parked_key(place: Place, partition: int, key: str, info: bytes, events: int, head: bytes, due: bytes) -> ParkedKey:

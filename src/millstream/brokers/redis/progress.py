@@ -9,11 +9,12 @@ import msgspec
 
 from millstream.brokers.base import Output
 from millstream.brokers.ledger import Bury, Commit, Committed, Delay, Effect, Grant, Park, Pop, State
-from millstream.brokers.redis import parked
+from millstream.brokers.redis import parked, parts
+from millstream.brokers.redis.letters import error_text, put
 from millstream.brokers.redis.members import Place
 from millstream.brokers.redis.outputs import Staged, Targets
 from millstream.errors import BrokerRefused
-from millstream.units import MAX_DEAD, MAX_ERROR_CHARS
+from millstream.units import MAX_DEAD
 
 BEFORE_ALL = "0-0"
 
@@ -88,24 +89,20 @@ def _words(
 ) -> tuple[Any, ...]:
     # The scripts' MessagePack knows no bytes: they follow as arguments, and here stands which one, or how many.
     match effect:
-        case Park(key=key, stored=stored):
-            blobs.append(parked.encode(stored))
+        case Park(key=key, stored=stored, left=left):
+            blobs.append(parked.encode(stored, left))
             return "park", lists[key], key, len(blobs), *_figures(effect, translated)
-        case Delay(key=key, offset=offset):
-            return "delay", lists[key], key, offset, *_figures(effect, translated)
+        case Delay(key=key, offset=offset, left=left):
+            delay = "delay", lists[key], key, offset, *_figures(effect, translated)
+            return (*delay, parts.text(left)) if left else delay
         case Pop(key=key, offset=offset):
             return "pop", lists[key], key, offset
         case Bury(stored=stored, reason=reason):
-            first, words = len(blobs) + 1, parked.fields(stored)
-            blobs.extend(words)
-            return "dead", stored.position.offset, reason, _text(effect.error), effect.attempts, first, len(words)
+            dead = "dead", stored.position.offset, reason, error_text(effect.error), effect.attempts
+            return *dead, *put(parked.fields(stored), blobs)
     raise AssertionError(f"{effect!r} is stored elsewhere")
 
 
 def _figures(effect: Park | Delay, translated: Callable[[float], int]) -> tuple[Any, ...]:
     # The due time as text: the scripts' numbers are doubles, and would write a large one with an exponent.
-    return str(translated(effect.due_ms)), effect.attempts, effect.postponed, _text(effect.error)
-
-
-def _text(error: str) -> str:
-    return error[:MAX_ERROR_CHARS].encode("utf-8", "backslashreplace").decode()
+    return str(translated(effect.due_ms)), effect.attempts, effect.postponed, error_text(effect.error)

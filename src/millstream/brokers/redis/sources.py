@@ -51,7 +51,7 @@ class Sources:
     def _see(self, letter: str, fields: Sequence[bytes], begin: str) -> None:
         self._last = letter
         position = dict(zip(fields[0:12:2], fields[1:12:2], strict=False)).get(b"position", b"")
-        source = position.partition(b"@")[2].decode(errors="replace")
+        source = position.partition(b"@")[2].partition(b".")[0].decode(errors="replace")  # of a pack, the whole
         if not _is_offset(source) or not begin or after(begin, source):
             return
         if not self._first or after(self._first, source):

@@ -82,7 +82,7 @@ class SQLiteAdmin:
         def job(db: Connection) -> list[DeadLetter]:
             found = verbs.find(db, name, group)
             rows = db.execute(
-                f"SELECT id, reason, error, attempts, died_ms, {verbs.LETTER} "  # noqa: S608 - a constant
+                f"SELECT id, reason, error, attempts, died_ms, part, {verbs.LETTER} "  # noqa: S608 - a constant
                 "FROM dead WHERE grp = ? AND id > ? ORDER BY id LIMIT ?",
                 (found.id if found else None, behind, min(limit, MAX_PAGE)),
             )
@@ -299,25 +299,26 @@ def _pending(db: Connection, part: Part, holders: Sequence[tuple[int, str]], lim
 
 def _parked(db: Connection, part: Part, limit: int) -> list[PendingInfo]:
     rows = db.execute(
-        "SELECT row, attempts, due_ms FROM parked JOIN parked_key USING (grp, log, key) WHERE grp = ? AND log = ? "
+        "SELECT row, part, attempts, due_ms FROM parked JOIN parked_key USING (grp, log, key) WHERE grp = ? AND log = ? "
         "ORDER BY row LIMIT ?",
         (*part, limit),
     )
     return [
-        PendingInfo(log.position_of(row), "", attempts, _due_ms(due_ms)) for row, attempts, due_ms in rows.fetchall()
+        PendingInfo(log.position_of(row, number), "", attempts, _due_ms(due_ms))
+        for row, number, attempts, due_ms in rows.fetchall()
     ]
 
 
 def _keys(db: Connection, stream: str, group: str, id_: int, limit: int) -> list[ParkedKey]:
     rows = db.execute(
-        "SELECT log, key, attempts, due_ms, error, since_ms, COUNT(*), row, MIN(parked.id) "
+        "SELECT log, key, attempts, due_ms, error, since_ms, COUNT(*), row, part, MIN(parked.id) "
         "FROM (SELECT * FROM parked_key WHERE grp = ? ORDER BY since_ms, log, key LIMIT ?) "
         "JOIN parked USING (grp, log, key) GROUP BY log, key ORDER BY since_ms, log, key",
         (id_, limit),
     )
     keys = []
-    for _, key, attempts, due_ms, error, since_ms, events, row, _ in rows.fetchall():
-        first = log.position_of(row)
+    for _, key, attempts, due_ms, error, since_ms, events, row, part, _ in rows.fetchall():
+        first = log.position_of(row, part)
         keys.append(
             ParkedKey(
                 *(stream, group, first.partition, key, events, first),
@@ -332,5 +333,5 @@ def _due_ms(due_ms: int) -> int | None:
 
 
 def _letter(stream: str, group: str, row: log.Row) -> DeadLetter:
-    id_, reason, error, attempts, died_ms, *event = row
-    return DeadLetter(stream, group, log.stored(event), reason, error, attempts, died_ms, str(id_))
+    id_, reason, error, attempts, died_ms, part, *event = row
+    return DeadLetter(stream, group, log.stored(event, part), reason, error, attempts, died_ms, str(id_))

@@ -31,6 +31,7 @@ from millstream.brokers.base import (
     Tended,
     Traits,
 )
+from millstream.brokers.budget import Budget
 from millstream.brokers.ordered import OrderedConsumer
 from millstream.brokers.sqlite import log, member, retention, storing
 from millstream.brokers.sqlite.admin import SQLiteAdmin
@@ -63,6 +64,7 @@ class SQLiteBroker:
         self._reader: Reader | None = None
         self.clock = clock
         self._telemetry = telemetry
+        self._budget = Budget()
         self.url = f"sqlite:///{os.path.abspath(path)}"
         self.admin = SQLiteAdmin(self)
         confirms: set[Confirm] = {"memory", "fsync"} if self._synchronous == "full" else {"memory"}
@@ -74,6 +76,7 @@ class SQLiteBroker:
             dedupe=True,
             retention=True,
             slots=True,
+            packs=True,
         )
 
     async def open(self) -> None:
@@ -161,7 +164,7 @@ class SQLiteBroker:
         return replace(tended, published=published, due_ms=due_ms)
 
     async def read(self, stream: str, partition: int, after: Position | None, limit: int) -> list[Stored]:
-        """Up to `limit` events behind a position, in order; an empty list is the end."""
+        """Up to `limit` events behind a position, fewer when they are large; an empty list is the end."""
         name, limit = self.inside(stream), min(limit, MAX_READ)
         return await self.reader.ask(lambda db: log.read(db, name, partition, after, limit))
 
@@ -226,7 +229,9 @@ class SQLiteBroker:
 
     async def _member(self, subscription: Subscription) -> Consumer:
         consumer = (
-            OrderedConsumer(lambda: SQLiteLedger(self, subscription), subscription, self.clock, self._telemetry)
+            OrderedConsumer(
+                lambda: SQLiteLedger(self, subscription), subscription, self.clock, self._telemetry, self._budget
+            )
             if subscription.order
             else SQLiteConsumer(self, subscription)
         )

@@ -83,7 +83,7 @@ class SQLiteConsumer:
 
     async def begin(self, positions: Sequence[Position]) -> None:
         """Note that the handlers of these suspects start now; all of them, or `LeaseLost`."""
-        me = self._me
+        me = self._me if self._held.keys() >= set(positions) else None
         if me is None or not await self._broker.writer.ask(lambda db: group.begin(db, me, positions)):
             raise LeaseLost(f"group {self._subscription.group!r}: somebody else has taken over what we held")
 
@@ -225,4 +225,4 @@ class SQLiteConsumer:
 
 
 def _needs_room(settlement: Settlement) -> bool:
-    return bool(settlement.outputs) or isinstance(settlement.outcome, Dead)
+    return bool(settlement.outputs or settlement.letters) or isinstance(settlement.outcome, Dead)

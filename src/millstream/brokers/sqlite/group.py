@@ -6,13 +6,19 @@ Among 500 at once, a 200-byte event takes 3.2 µs of CPU here: 1.0 to be read, 0
 `pending`, 0.9 to be settled, 0.3 for both commits. Settling took 2.3 with a statement for each event. What is done lies in
 runs without a gap, and one DELETE lets go a whole run; only where it finds less than that, since something of it was not
 ours any more, it is undone and they go one by one. To count them first cost as much as to let them go.
+
+A pack has one row in `pending`, with what is left of it. What people give back of one that is held joins it only with its
+next claim: who holds it does not know of that, so where it is done it waits once more, with that alone.
 """
+
+# ruff: noqa: S608 - what statements are put together from are constants of this file
 
 from __future__ import annotations
 
 import sqlite3
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from itertools import compress
 from typing import NamedTuple
 
 from millstream.brokers.base import (
@@ -20,23 +26,34 @@ from millstream.brokers.base import (
     Dead,
     Done,
     Later,
+    Outcome,
     Output,
     Position,
     Settlement,
 )
-from millstream.brokers.sqlite import log, loss, storing
+from millstream.brokers.letters import buried, put_off
+from millstream.brokers.sqlite import letters, log, loss, storing
 from millstream.brokers.sqlite.member import Member, oldest, present
+from millstream.brokers.sqlite.parked import Part
 from millstream.units import DEAD_FULL_S, MAX_DEAD, MAX_ERROR_CHARS
 
 LEAST_RUN = 8  # events that are worth a savepoint
 MAX_EVICTED = 8  # members in one transaction; the next beat takes the others
 
-_FINISH = "DELETE FROM pending WHERE grp = ? AND consumer = ? AND row = ? AND attempt = ?"
-_FINISH_RUN = "DELETE FROM pending WHERE grp = ? AND consumer = ? AND row BETWEEN ? AND ? AND attempt = ?"
+_OURS = "WHERE grp = ? AND consumer = ? AND row = ? AND attempt = ?"
+_FINISH = f"DELETE FROM pending {_OURS} AND given IS NULL"
+_FINISH_RUN = (
+    "DELETE FROM pending WHERE grp = ? AND consumer = ? AND row BETWEEN ? AND ? AND attempt = ? AND given IS NULL"
+)
+_COME_AGAIN = (
+    "UPDATE pending SET consumer = 0, due_ms = 0, attempt = 0, postponed = 0, suspect = 0, started = 0, "
+    f"left = given, given = NULL {_OURS}"
+)
 _WAIT = (
     "UPDATE pending SET consumer = 0, due_ms = ?, attempt = attempt - ?, postponed = postponed + ?, "
-    "suspect = 0, started = 0 WHERE grp = ? AND consumer = ? AND row = ? AND attempt = ?"
+    f"suspect = 0, started = 0, left = IFNULL(?, left) {_OURS}"
 )
+_LEFT = "IFNULL(left || ' ' || given, left)"
 
 
 class Wish(NamedTuple):
@@ -58,6 +75,20 @@ class Taken(NamedTuple):
     claims: list[Claim]
     unsure: bool
     """There may be more of what is held and not known."""
+
+
+class _Mine(NamedTuple):
+    """An event that is held, at one attempt."""
+
+    group: int
+    consumer: int
+    row: int
+    attempt: int
+
+    @property
+    def part(self) -> Part:
+        """Where it lies."""
+        return Part(self.group, self.row >> log.SEQ_BITS)
 
 
 class Look(NamedTuple):
@@ -152,17 +183,19 @@ def settle(
     """Store outcomes, and their outputs, of what is held at the attempt given; False for all else."""
     if not present(db, me):
         return None
-    rows = [log.row_of(me.stream, settlement.position) for settlement, _ in items]
-    finished = _finish_all(db, me, rows, items)
+    rows = [log.row_of(me.stream, settlement.position) if attempt else 0 for settlement, attempt in items]
+    plain = [type(settlement.outcome) is Done and not settlement.letters for settlement, _ in items]
+    finished = _finish_all(db, me, compress(zip(rows, items, strict=True), plain))
     done, retried, outputs, results = len(finished), 0, list[Output](), list[bool]()
-    for row, (settlement, attempt) in zip(rows, items, strict=True):
-        outcome = settlement.outcome
-        if isinstance(outcome, Done):
+    for row, is_plain, (settlement, attempt) in zip(rows, plain, items, strict=True):
+        if is_plain:
             settled = row in finished
             finished.discard(row)  # told once
         else:
-            settled = attempt > 0 and _settle(db, (me.group, me.id, row, attempt), outcome, now_ms)
-            retried += settled and isinstance(outcome, Later) and outcome.counted
+            end = _settle(db, _Mine(me.group, me.id, row, attempt), settlement, now_ms) if attempt else None
+            settled = end is not None
+            done += isinstance(end, Done)
+            retried += isinstance(end, Later) and end.counted
         results.append(settled)
         if settled:
             outputs += settlement.outputs
@@ -172,13 +205,11 @@ def settle(
     return results
 
 
-def _finish_all(
-    db: sqlite3.Connection, me: Member, rows: Sequence[int], items: Sequence[tuple[Settlement, int]]
-) -> set[int]:
-    """Let go what is done; the rows of what of it was ours."""
+def _finish_all(db: sqlite3.Connection, me: Member, items: Iterable[tuple[int, tuple[Settlement, int]]]) -> set[int]:
+    """Let go what is done, and leaves nothing but outputs; the rows of what of it was ours."""
     done: defaultdict[int, list[int]] = defaultdict(list)
-    for row, (settlement, attempt) in zip(rows, items, strict=True):
-        if attempt and isinstance(settlement.outcome, Done):
+    for row, (_, attempt) in items:
+        if attempt:
             done[attempt].append(row)
     finished: set[int] = set()
     for attempt, those in done.items():
@@ -197,7 +228,7 @@ def _finish(db: sqlite3.Connection, me: Member, attempt: int, run: Sequence[int]
         db.execute("RELEASE run")
         if gone == len(run):
             return run
-    return [row for row in run if db.execute(_FINISH, (me.group, me.id, row, attempt)).rowcount]
+    return [row for row in run if _let_go(db, _Mine(me.group, me.id, row, attempt))]
 
 
 def _runs(rows: Sequence[int]) -> Iterator[Sequence[int]]:
@@ -229,7 +260,7 @@ def _ranges(stream: int, partitions: Iterable[int] | None) -> list[tuple[int, in
 
 def _recover(db: sqlite3.Connection, me: Member, budget: log.Budget, held: Container[Position]) -> Iterator[Claim]:
     rows = db.execute(
-        f"SELECT attempt, suspect, postponed, {log.COLUMNS} FROM pending JOIN event ON event.row = pending.row "  # noqa: S608
+        f"SELECT attempt, suspect, postponed, left, {log.COLUMNS} FROM pending JOIN event ON event.row = pending.row "
         "WHERE grp = ? AND consumer = ?",
         (me.group, me.id),
     )
@@ -240,7 +271,7 @@ def _take_due(
     db: sqlite3.Connection, me: Member, now_ms: int, budget: log.Budget, held: Container[Position]
 ) -> list[Claim]:
     rows = db.execute(
-        f"SELECT pending.row, attempt, suspect, postponed, {log.COLUMNS} "  # noqa: S608 - a constant
+        f"SELECT pending.row, attempt, suspect, postponed, {_LEFT}, {log.COLUMNS} "
         "FROM pending LEFT JOIN event ON event.row = pending.row "
         "WHERE grp = ? AND consumer = 0 AND due_ms <= ? ORDER BY due_ms LIMIT ?",
         (me.group, now_ms, budget.events),
@@ -249,7 +280,8 @@ def _take_due(
     claims = list(_claims(_there(rows, lost), budget, held, again=1))
     _lose(db, me, lost)
     db.executemany(
-        "UPDATE pending SET consumer = ?, due_ms = NULL, attempt = attempt + 1 WHERE grp = ? AND consumer = 0 AND row = ?",
+        f"UPDATE pending SET consumer = ?, due_ms = NULL, attempt = attempt + 1, left = {_LEFT}, given = NULL "
+        "WHERE grp = ? AND consumer = 0 AND row = ?",
         [(me.id, me.group, log.row_of(me.stream, claim.stored.position)) for claim in claims],
     )
     return claims
@@ -274,12 +306,12 @@ def _lose(db: sqlite3.Connection, me: Member, rows: Sequence[int]) -> None:
 
 
 def _claims(rows: Iterable[log.Row], budget: log.Budget, held: Container[Position], again: int) -> Iterator[Claim]:
-    for attempt, suspect, postponed, *event in rows:
+    for attempt, suspect, postponed, left, *event in rows:
         stored = log.stored(event)
         if stored.position in held:
             continue
         room = budget.spend(stored)
-        yield Claim(stored, attempt + again, suspect, postponed)
+        yield Claim(stored, attempt + again, suspect, postponed, left=log.left(left))
         if not room:
             return
 
@@ -307,34 +339,59 @@ def _take_fresh(db: sqlite3.Connection, me: Member, turn: int, budget: log.Budge
     return claims
 
 
-def _settle(db: sqlite3.Connection, mine: tuple[int, int, int, int], outcome: Later | Dead, now_ms: int) -> bool:
-    """One outcome of what is not done. False when the event is not ours at this attempt; then nothing is changed."""
-    if isinstance(outcome, Dead):
-        return _bury(db, mine, outcome, now_ms)
-    return _wait(db, mine, outcome.at_ms, postponed=not outcome.counted)
+def _settle(db: sqlite3.Connection, mine: _Mine, settlement: Settlement, now_ms: int) -> Outcome | None:
+    """One settlement that is not plain; what became of it. None when the event is not ours: then nothing is changed."""
+    part, dying = mine.part, len(settlement.letters) + isinstance(settlement.outcome, Dead)
+    if dying and _dead(db, part) + dying > MAX_DEAD:
+        settlement = put_off(settlement, now_ms + int(DEAD_FULL_S * 1000))
+    match settlement.outcome:
+        case Done():
+            settled = _let_go(db, mine)
+        case Later() as later:
+            settled = _wait(db, mine, later)
+        case Dead() as dead:
+            settled = _bury(db, mine, dead, now_ms)
+    if not settled:
+        return None
+    for letter in buried(settlement.position, mine.attempt, settlement.letters):
+        letters.bury(db, part, letter, now_ms)
+    _count_dead(db, part, len(settlement.letters))
+    return settlement.outcome
 
 
-def _wait(db: sqlite3.Connection, mine: tuple[int, int, int, int], at_ms: int, *, postponed: bool) -> bool:
+def _let_go(db: sqlite3.Connection, mine: _Mine) -> bool:
+    """It is done, but for what was given back of it meanwhile."""
+    return db.execute(_FINISH, mine).rowcount > 0 or db.execute(_COME_AGAIN, mine).rowcount > 0
+
+
+def _wait(db: sqlite3.Connection, mine: _Mine, later: Later) -> bool:
     # The handler came to an end, so whatever the event is suspected of, it did not kill this time.
-    return db.execute(_WAIT, (at_ms, postponed, postponed, *mine)).rowcount > 0
+    postponed = not later.counted
+    return db.execute(_WAIT, (later.at_ms, postponed, postponed, log.left_written(later.left), *mine)).rowcount > 0
 
 
-def _bury(db: sqlite3.Connection, mine: tuple[int, int, int, int], why: Dead, now_ms: int) -> bool:
-    group, _, row, attempt = mine
-    kept = (group, row >> log.SEQ_BITS)
-    (dead,) = db.execute("SELECT dead FROM cursor WHERE grp = ? AND log = ?", kept).fetchone()
-    if dead >= MAX_DEAD:
-        return _wait(db, mine, now_ms + int(DEAD_FULL_S * 1000), postponed=False)
-    if not db.execute(_FINISH, mine).rowcount:
+def _bury(db: sqlite3.Connection, mine: _Mine, why: Dead, now_ms: int) -> bool:
+    if not db.execute(f"DELETE FROM pending {_OURS}", mine).rowcount:
         return False
-    buried = db.execute(
+    kept = db.execute(
         "INSERT INTO dead (grp, row, reason, error, attempts, died_ms, "
         "event_id, type, source, stored_ms, time_ms, subject, headers, data) "
         "SELECT ?, row, ?, ?, ?, ?, id, type, source, stored_ms, time_ms, subject, headers, data FROM event WHERE row = ?",
-        (group, why.reason, why.error[:MAX_ERROR_CHARS], attempt, now_ms, row),
+        (mine.group, why.reason, why.error[:MAX_ERROR_CHARS], mine.attempt, now_ms, mine.row),
     ).rowcount
-    if buried:
-        db.execute("UPDATE cursor SET dead = dead + 1 WHERE grp = ? AND log = ?", kept)
+    if kept:
+        _count_dead(db, mine.part, 1)
     else:  # retention took the event while it was held: nothing of it is left to keep
-        loss.count(db, group, 1)
+        loss.count(db, mine.group, 1)
     return True
+
+
+def _dead(db: sqlite3.Connection, part: Part) -> int:
+    """How many dead letters of a partition are kept."""
+    (count,) = db.execute("SELECT dead FROM cursor WHERE grp = ? AND log = ?", part).fetchone()
+    return int(count)
+
+
+def _count_dead(db: sqlite3.Connection, part: Part, more: int) -> None:
+    if more:
+        db.execute("UPDATE cursor SET dead = dead + ? WHERE grp = ? AND log = ?", (more, *part))

@@ -17,12 +17,14 @@ from msgspec import json
 from millstream.brokers.base import Policy, Position, Record, Start, Stored, StreamSpec, check_declared
 from millstream.errors import BrokerRefused
 from millstream.units import MAX_APPEND_BYTES, MAX_PARTITIONS
+from millstream.wire.packs import part_offset
 
 SEQ_BITS = 40
 MAX_SEQ = (1 << SEQ_BITS) - 1
 MAX_STREAMS = (1 << 63 - SEQ_BITS) // MAX_PARTITIONS - 1  # 8,191: what is left of 63 bits
 
-MAX_TAKE_BYTES = MAX_APPEND_BYTES  # events in one answer, the first one apart
+MAX_TAKE_BYTES = MAX_APPEND_BYTES  # events in one answer to a group, the first one apart
+MAX_PAGE_BYTES = 8_388_608  # events in one answer to a reader
 
 STREAM = "id, name, partitions, key, codec, policy"  # as `Known` takes it
 COLUMNS = "event.row, event.id, type, source, stored_ms, time_ms, subject, headers, data"
@@ -112,10 +114,9 @@ def known_as(db: sqlite3.Connection, name: str) -> Known:
 
 
 def read(db: sqlite3.Connection, name: str, partition: int, after: Position | None, limit: int) -> list[Stored]:
-    """Up to `limit` events behind a position, in order."""
+    """Up to `limit` events behind a position, in order, as many as one answer holds."""
     first = known_as(db, name).log(partition) << SEQ_BITS
-    rows = db.execute(_PAGE, (first | seq_of(after), first | MAX_SEQ, limit))
-    return [stored(row) for row in rows.fetchall()]
+    return page(db, first | seq_of(after), first | MAX_SEQ, Budget(limit, MAX_PAGE_BYTES))
 
 
 def page(db: sqlite3.Connection, behind: int, last: int, budget: Budget) -> list[Stored]:
@@ -162,17 +163,28 @@ def ends_behind(db: sqlite3.Connection, log: int, seq: int) -> bool:
     return bool(last > max(seq, gone))
 
 
-def stored(row: Row) -> Stored:
-    """The event of a row that was selected as `COLUMNS`."""
+def stored(row: Row, part: int | None = None) -> Stored:
+    """The event of a row that was selected as `COLUMNS`; with a part, it is that one of the pack that lies there."""
     place, id_, type_, source, stored_ms, time_ms, subject, headers, data = row
-    position = position_of(place)
+    position = position_of(place, part)
     record = Record(position.partition, id_, type_, data, subject, time_ms or stored_ms, headers or b"", None, source)
     return Stored(position, record)
 
 
-def position_of(row: int) -> Position:
-    """The position of a place in the file."""
-    return Position((row >> SEQ_BITS) % MAX_PARTITIONS, str(row & MAX_SEQ))
+def left(text: str | None) -> Sequence[int]:
+    """Which events of a pack are left; empty for all of them, and for what is no pack."""
+    return sorted(map(int, text.split())) if text else ()
+
+
+def left_written(left: Sequence[int]) -> str | None:
+    """The same as the file has it."""
+    return " ".join(map(str, left)) or None
+
+
+def position_of(row: int, part: int | None = None) -> Position:
+    """The position of a place in the file, or of one event of the pack that lies there."""
+    offset = str(row & MAX_SEQ)
+    return Position((row >> SEQ_BITS) % MAX_PARTITIONS, offset if part is None else part_offset(offset, part))
 
 
 def log_of(stream: int, partition: int) -> int:
@@ -191,12 +203,16 @@ def row_of(stream: int, position: Position) -> int:
 
 
 def seq_of(position: Position | None) -> int:
-    """The sequence number of a position; 0 for the beginning. Raises `BrokerRefused` for a foreign one."""
+    """The sequence number of a position, or of the pack that its event is of; 0 for the beginning.
+
+    Raises `BrokerRefused` for a foreign one.
+    """
     if position is None:
         return 0
-    if not position.offset.isdecimal() or int(position.offset) > MAX_SEQ:
+    seq = position.offset.partition(".")[0]
+    if not seq.isdecimal() or int(seq) > MAX_SEQ:
         raise BrokerRefused(f"{position} is no position in an SQLite file: its offsets are whole numbers")
-    return int(position.offset)
+    return int(seq)
 
 
 @lru_cache(maxsize=1_024)

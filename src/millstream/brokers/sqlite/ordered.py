@@ -27,11 +27,11 @@ from millstream.brokers.ledger import (
     Pop,
     State,
 )
-from millstream.brokers.sqlite import log, loss, parked, storing
+from millstream.brokers.sqlite import letters, log, loss, parked, storing
 from millstream.brokers.sqlite.member import Member, present
 from millstream.brokers.sqlite.parked import Part
 from millstream.errors import LeaseLost
-from millstream.units import MAX_DEAD, MAX_ERROR_CHARS, MAX_PARTITIONS
+from millstream.units import MAX_DEAD, MAX_PARTITIONS
 
 MAX_PAGES = 16  # partitions in one read: three events of each of 256 cost three times as much as sixty of each of 16
 
@@ -175,7 +175,7 @@ def begin(db: Connection, me: Member, partition: int, epoch: int, offsets: Seque
         return False
     db.executemany(
         "INSERT INTO note (grp, row, started) VALUES (?, ?, 1) ON CONFLICT (grp, row) DO UPDATE SET started = 1",
-        [(part.group, part.log << log.SEQ_BITS | int(offset)) for offset in offsets],
+        [(part.group, part.row(offset)) for offset in offsets],
     )
     return True
 
@@ -218,7 +218,7 @@ def _apply(db: Connection, part: Part, commit: Commit, inside: Callable[[str], s
             case Output():
                 outputs.append(effect)
             case Bury():
-                _bury(db, part, effect, now_ms)
+                letters.bury(db, part, effect, now_ms)
             case Park():
                 parked.park(db, part, effect, now_ms)
                 more += 1
@@ -252,21 +252,6 @@ def _skip(db: Connection, part: Part, commit: Commit, skipped: int) -> None:
     if holes != skipped:
         db.execute("UPDATE lease SET skipped = ? WHERE grp = ? AND log = ?", (holes, *part))
         loss.count(db, part.group, holes - skipped)
-
-
-def _bury(db: Connection, part: Part, why: Bury, now_ms: int) -> None:
-    # From what is at hand: the stream may not have the event any more.
-    record = why.stored.record
-    db.execute(
-        "INSERT INTO dead (grp, row, reason, error, attempts, died_ms, "
-        "event_id, type, source, stored_ms, time_ms, subject, headers, data) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            *(part.group, part.row(why.stored), why.reason, why.error[:MAX_ERROR_CHARS], why.attempts, now_ms),
-            *(record.id, record.type, record.source, record.time_ms, record.time_ms),
-            *(record.key, record.headers, record.data),
-        ),
-    )
 
 
 def _notes(db: Connection, part: Part, w: int, crashed: bool) -> dict[str, int]:

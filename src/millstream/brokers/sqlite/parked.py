@@ -8,7 +8,7 @@ for all that he does.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from sqlite3 import Connection
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from millstream.brokers.base import Claim, Stored
 from millstream.brokers.ledger import Delay, Head, Heads, Park, Pop
 from millstream.brokers.sqlite import log
 from millstream.units import MAX_ERROR_CHARS
+from millstream.wire.packs import part_of
 
 _EVENT = "row, event_id, type, source, time_ms, time_ms, subject, headers, data"  # as `log.stored` takes it
 _OF_KEY = "WHERE grp = ? AND log = ? AND key = ?"
@@ -28,9 +29,14 @@ class Part(NamedTuple):
     group: int
     log: int
 
-    def row(self, stored: Stored) -> int:
-        """The place of an event of this partition in the file."""
-        return self.log << log.SEQ_BITS | int(stored.position.offset)
+    def row(self, offset: str) -> int:
+        """The place of an event of this partition in the file, or of the pack that it is of."""
+        return self.place(offset)[0]
+
+    def place(self, offset: str) -> tuple[int, int | None]:
+        """The same, and which event of the pack it is; None for one that is of none."""
+        seq, part = part_of(offset)
+        return self.log << log.SEQ_BITS | int(seq), part
 
 
 def park(db: Connection, part: Part, effect: Park, now_ms: int) -> None:
@@ -43,24 +49,27 @@ def park(db: Connection, part: Part, effect: Park, now_ms: int) -> None:
     )
     record = effect.stored.record
     db.execute(
-        "INSERT INTO parked (grp, log, key, row, event_id, type, source, time_ms, subject, headers, data) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO parked (grp, log, key, row, part, left, event_id, type, source, time_ms, subject, headers, data) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
-            *(*part, effect.key, part.row(effect.stored), record.id, record.type, record.source),
-            *(record.time_ms, record.key, record.headers, record.data),
+            *(*part, effect.key, *part.place(effect.stored.position.offset), log.left_written(effect.left)),
+            *(record.id, record.type, record.source, record.time_ms, record.key, record.headers, record.data),
         ),
     )
 
 
 def delay(db: Connection, part: Part, effect: Delay) -> None:
     """Let the first event of a key, if it is this one, be tried again: it did not kill its process."""
-    if _head(db, part, effect) is not None:
+    found = _head(db, part, effect)
+    if found is not None:
         figures = (effect.due_ms, effect.attempts, effect.postponed, effect.error[:MAX_ERROR_CHARS])
         db.execute(
             "UPDATE parked_key SET due_ms = ?, attempts = ?, postponed = ?, error = ?, crashes = 0, started = 0 "
             f"{_OF_KEY}",
             (*figures, *part, effect.key),
         )
+        if effect.left:
+            db.execute("UPDATE parked SET left = ? WHERE id = ?", (log.left_written(effect.left), found))
 
 
 def pop(db: Connection, part: Part, effect: Pop) -> int:
@@ -94,21 +103,21 @@ def heads(db: Connection, part: Part, busy: Collection[str], limit: int, now_ms:
         if due_ms > now_ms or not budget.events:
             break
         db.execute(f"UPDATE parked_key SET attempts = attempts + 1, started = 1 {_OF_KEY}", (*part, key))
-        [stored] = events(db, part, key, 1)
+        [(stored, left)] = _events(db, part, key, 1)
         budget.spend(stored)
-        found.append(Head(key, Claim(stored, attempts + 1, crashes + 1 if crashes else 0, postponed, token=token)))
+        suspect = crashes + 1 if crashes else 0
+        found.append(Head(key, Claim(stored, attempts + 1, suspect, postponed, token=token, left=left)))
     return Heads(found, float(ready[len(found)][1]) if len(ready) > len(found) else float("inf"))
 
 
 def events(db: Connection, part: Part, key: str, limit: int) -> list[Stored]:
     """The first events of a key, in order."""
-    rows = db.execute(f"SELECT {_EVENT} FROM parked {_OF_KEY} ORDER BY id LIMIT ?", (*part, key, limit))
-    return [log.stored(row) for row in rows.fetchall()]
+    return [stored for stored, _ in _events(db, part, key, limit)]
 
 
-def rows(db: Connection, part: Part, key: str) -> set[int]:
+def places(db: Connection, part: Part, key: str) -> set[tuple[int, int | None]]:
     """The places of all that is parked of a key."""
-    return {row for (row,) in db.execute(f"SELECT row FROM parked {_OF_KEY}", (*part, key)).fetchall()}
+    return set(db.execute(f"SELECT row, part FROM parked {_OF_KEY}", (*part, key)).fetchall())
 
 
 def crashed(db: Connection, part: Part, crashes: int) -> None:
@@ -140,5 +149,13 @@ def drop_behind(db: Connection, part: Part, row: int) -> None:
 
 def _head(db: Connection, part: Part, effect: Delay | Pop) -> int | None:
     """The number of a key's first event, if it is the one that the effect is about."""
-    found = db.execute(f"SELECT id, row FROM parked {_OF_KEY} ORDER BY id LIMIT 1", (*part, effect.key)).fetchone()
-    return found[0] if found and found[1] & log.MAX_SEQ == int(effect.offset) else None
+    found = db.execute(
+        f"SELECT id, row, part FROM parked {_OF_KEY} ORDER BY id LIMIT 1", (*part, effect.key)
+    ).fetchone()
+    return found[0] if found and found[1:] == part.place(effect.offset) else None
+
+
+def _events(db: Connection, part: Part, key: str, limit: int) -> list[tuple[Stored, Sequence[int]]]:
+    """The first events of a key, and what is left of those that are packs."""
+    rows = db.execute(f"SELECT part, left, {_EVENT} FROM parked {_OF_KEY} ORDER BY id LIMIT ?", (*part, key, limit))
+    return [(log.stored(event, number), log.left(left)) for number, left, *event in rows.fetchall()]

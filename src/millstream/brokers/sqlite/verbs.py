@@ -1,5 +1,7 @@
 """What people do to a group in the file, of either way to consume: each function is one step, inside one transaction."""
 
+# ruff: noqa: S608 - what statements are put together from are constants of this file
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -18,6 +20,8 @@ LETTER = "row, event_id, type, source, stored_ms, time_ms, subject, headers, dat
 
 MAX_DISCARDED = 1_000  # events, or ids, in one step: others want to write too
 
+# Whoever holds it, by the primary key.
+_PENDING = "WHERE grp = ? AND row = ? AND consumer IN (SELECT 0 UNION ALL SELECT id FROM member WHERE grp = ?)"
 _TABLES = ("cursor", "member", "pending", "dead", "lease", "parked_key", "parked", "note")
 
 
@@ -52,15 +56,16 @@ def replay(db: Connection, group: Known, letter: int, now_ms: int) -> bool:
 
     False when the letter is gone; without order also when its event is.
     """
-    row = db.execute(f"SELECT {LETTER} FROM dead WHERE id = ? AND grp = ?", (letter, group.id)).fetchone()  # noqa: S608
-    if row is None:
+    found = db.execute(f"SELECT part, {LETTER} FROM dead WHERE id = ? AND grp = ?", (letter, group.id)).fetchone()
+    if found is None:
         return False
+    number, row, *_ = found
     if group.ordered:
-        _park(db, Part(group.id, row[0] >> log.SEQ_BITS), [log.stored(row)], now_ms)
-    elif not _is_stored(db, row[0]):
+        _park(db, Part(group.id, row >> log.SEQ_BITS), [log.stored(found[1:], number)], now_ms)
+    elif not _is_stored(db, row):
         return False
     else:
-        _wait(db, group.id, row[0])
+        _wait(db, group.id, row, number)
     return _forget(db, group.id, letter, "replayed")
 
 
@@ -71,8 +76,8 @@ def give(db: Connection, group: Known, events: Sequence[Stored], now_ms: int) ->
         parts.setdefault(group.part(stored.position.partition), []).append(stored)
     if group.ordered:
         return sum(_park_settled(db, part, those, now_ms) for part, those in parts.items())
-    rows = [part.row(stored) for part, those in parts.items() for stored in those]
-    return sum(_wait(db, group.id, row) for row in rows if _is_stored(db, row))
+    places = [part.place(stored.position.offset) for part, those in parts.items() for stored in those]
+    return sum(_wait(db, group.id, row, number) for row, number in places if _is_stored(db, row))
 
 
 def drop(db: Connection, group: Known, letter: int) -> bool:
@@ -109,7 +114,7 @@ def seek(db: Connection, group: Known, start: Start) -> None:
 def forget(db: Connection, group: Known) -> None:
     """Delete a group with all that it has."""
     for table in _TABLES:
-        db.execute(f"DELETE FROM {table} WHERE grp = ?", (group.id,))  # noqa: S608 - one of our own words
+        db.execute(f"DELETE FROM {table} WHERE grp = ?", (group.id,))
     db.execute("DELETE FROM grp WHERE id = ?", (group.id,))
 
 
@@ -151,7 +156,7 @@ def _empty(db: Connection, log_: int) -> bool:
         return True
     some = "SELECT id FROM remembered WHERE log = ? LIMIT ?"
     ids = db.execute(
-        f"DELETE FROM remembered WHERE log = ? AND id IN ({some})",  # noqa: S608 - a constant
+        f"DELETE FROM remembered WHERE log = ? AND id IN ({some})",
         (log_, log_, MAX_DISCARDED),
     ).rowcount
     db.execute("UPDATE log SET ids = ids - ? WHERE id = ?", (ids, log_))
@@ -161,7 +166,7 @@ def _empty(db: Connection, log_: int) -> bool:
 def _empty_aside(db: Connection, stream: log.Known) -> bool:
     """Delete some events that are not due yet; False when there are none."""
     some = "SELECT id FROM delayed WHERE stream = ? LIMIT ?"
-    gone = db.execute(f"DELETE FROM delayed WHERE id IN ({some})", (stream.id, MAX_DISCARDED)).rowcount  # noqa: S608
+    gone = db.execute(f"DELETE FROM delayed WHERE id IN ({some})", (stream.id, MAX_DISCARDED)).rowcount
     db.execute("UPDATE stream SET delayed = delayed - ? WHERE id = ?", (gone, stream.id))
     return gone > 0
 
@@ -190,12 +195,12 @@ def _park_settled(db: Connection, part: Part, events: Sequence[Stored], now_ms: 
     ).fetchone()
     last = (part.log << log.SEQ_BITS) + max(w, h)
     passed_over = {part.log << log.SEQ_BITS | int(seq) for seq in opened.split()}
-    waiting = {key: parked.rows(db, part, key) for key in {_key(stored) for stored in events}}
+    waiting = {key: parked.places(db, part, key) for key in {_key(stored) for stored in events}}
     settled: list[Stored] = []
     for stored in events:
-        row, waits = part.row(stored), waiting[_key(stored)]
-        if row <= last and row not in passed_over and row not in waits:
-            waits.add(row)
+        place, waits = part.place(stored.position.offset), waiting[_key(stored)]
+        if place[0] <= last and place[0] not in passed_over and place not in waits:
+            waits.add(place)
             settled.append(stored)
     return _park(db, part, settled, now_ms)
 
@@ -208,15 +213,27 @@ def _is_stored(db: Connection, row: int) -> bool:
     return db.execute("SELECT 1 FROM event WHERE row = ?", (row,)).fetchone() is not None
 
 
-def _wait(db: Connection, group: int, row: int) -> bool:
-    """Let an event be claimed again; False when it comes by itself, as it may after a seek: it is not to come twice."""
+def _wait(db: Connection, group: int, row: int, part: int | None) -> bool:
+    """Let an event be claimed again, or this one of a pack.
+
+    False when it comes by itself, as it may after a seek: it is not to come twice.
+    """
     added = db.execute(
-        "INSERT INTO pending (grp, consumer, row, attempt, due_ms) SELECT grp, 0, ?, 0, 0 FROM cursor "
-        "WHERE grp = ? AND log = ? AND seq >= ? AND NOT EXISTS (SELECT 1 FROM pending WHERE grp = ? AND row = ? "
-        "AND consumer IN (SELECT 0 UNION ALL SELECT id FROM member WHERE grp = ?))",
-        (row, group, row >> log.SEQ_BITS, row & log.MAX_SEQ, group, row, group),
+        "INSERT INTO pending (grp, consumer, row, attempt, due_ms, left) SELECT grp, 0, ?, 0, 0, ? FROM cursor "
+        f"WHERE grp = ? AND log = ? AND seq >= ? AND NOT EXISTS (SELECT 1 FROM pending {_PENDING})",
+        (row, part, group, row >> log.SEQ_BITS, row & log.MAX_SEQ, group, row, group),
     )
-    return added.rowcount > 0
+    return added.rowcount > 0 or (part is not None and _join(db, group, row, part))
+
+
+def _join(db: Connection, group: int, row: int, part: int) -> bool:
+    """Let an event of a pack that is held, or waits, come with what is left of that; False when it does already."""
+    joined = db.execute(
+        f"UPDATE pending SET given = IFNULL(given || ' ', '') || ? {_PENDING} "
+        "AND INSTR(' ' || left || ' ' || IFNULL(given, '') || ' ', ?) = 0",
+        (part, group, row, group, f" {part} "),
+    )
+    return joined.rowcount > 0
 
 
 def _forget(db: Connection, group: int, letter: int, counter: str) -> bool:
@@ -225,5 +242,5 @@ def _forget(db: Connection, group: int, letter: int, counter: str) -> bool:
         return False
     db.execute("DELETE FROM dead WHERE id = ?", (letter,))
     db.execute("UPDATE cursor SET dead = dead - 1 WHERE grp = ? AND log = ?", (group, found[0] >> log.SEQ_BITS))
-    db.execute(f"UPDATE grp SET {counter} = {counter} + 1 WHERE id = ?", (group,))  # noqa: S608 - one of our own words
+    db.execute(f"UPDATE grp SET {counter} = {counter} + 1 WHERE id = ?", (group,))
     return True

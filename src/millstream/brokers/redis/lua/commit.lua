@@ -1,14 +1,14 @@
 -- commit.lua: store the progress of one partition with all that follows from it, but only while it is ours.
--- USES     store outputs
+-- USES     store outputs letter
 -- KEYS     log, lease, parked, parkinfo, note, dead, then the lists of the event keys that the effects name, then those of
 --          the targets of outputs, see `store`
 -- ARGV     group, member, epoch, seq, w, wn, h, open, done, retried, partition, max dead letters,
 --          ids whose notes go ('' or with blanks between), effects and outputs (each '' or MessagePack), blobs. Outputs are
 --          in the order of their events, see `publish`; each effect is one of
 --            [park,  list, key, which blob, due, attempts, postponed, error]
---            [delay, list, key, id, due, attempts, postponed, error]
+--            [delay, list, key, id, due, attempts, postponed, error, of a pack what is left of it: `0,3`]
 --            [pop,   list, key, id]
---            [dead,  id, reason, error, attempts, first blob, how many blobs: its fields]
+--            [dead,  id, reason, error, attempts, first blob, how many blobs: its fields]; of an event of a pack `1693-0.17`
 -- RETURNS  {OK, events parked, key, …}: of its pops, the keys of which nothing is parked any more
 --          | {LOST} | {SEQ}: not the commit that follows | {GONE}: no such log or group | {FULL} | {DEAD_FULL}
 --          | {TYPE, key of another kind} | {REFUSED, why the outputs cannot be stored, which of them}
@@ -17,6 +17,7 @@
 --          A repeat shows the same `seq` and changes nothing, so the same commit is sent until it is answered.
 --          A script is not a transaction: outputs and dead letters are added before all else, so that maxmemory refuses
 --          them with nothing done. PERSIST may grow nothing and opens the door for what maxmemory would refuse as a first write.
+--          A dead letter is the entry as it was written; ours where it was trimmed away, and where it is an event of a pack.
 --          Where the group is gone nothing is known any more about its log either: `acquire` decides where to go on.
 -- Cost     O(effects + outputs); 200 events without one: two writes, about 300 bytes of the append-only file
 local log, lease, parked, parkinfo, note, dead = unpack(KEYS, 1, 6)
@@ -24,7 +25,7 @@ local group, me, epoch, seq, w, wn, h, open = unpack(ARGV, 1, 8)
 local done, retried, partition, max_dead, cleared = unpack(ARGV, 9, 13)
 local effects = ARGV[14] == '' and {} or cmsgpack.unpack(ARGV[14])
 local outputs = ARGV[15] == '' and {} or cmsgpack.unpack(ARGV[15])
-local MAX_WORDS, BLOBS = 7000, 15
+local BLOBS = 15
 
 local function answer()
   local reply = {'OK', tonumber(redis.call('HGET', parkinfo, '#n') or 0)}
@@ -56,23 +57,18 @@ local time = redis.call('TIME')
 local now = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000))
 
 local function bury(id, reason, error, attempts, first, count)
-  local letter = {'XADD', dead, '*', 'reason', reason, 'error', error, 'attempts', attempts,
-    'position', partition .. '@' .. id, 'group', group, 'died', now}
-  local entry = redis.call('XRANGE', log, id, id)[1] -- as it was written; ours where it was trimmed away
-  for i = 1, math.min(MAX_WORDS, entry and #entry[2] or count) do
-    letter[#letter + 1] = entry and entry[2][i] or ARGV[BLOBS + first + i - 1]
-  end
-  return redis.pcall(unpack(letter))
+  local alone = string.find(id, '.', 1, true)
+  local entry = not alone and redis.call('XRANGE', log, id, id)[1]
+  local words = entry and entry[2] or {unpack(ARGV, BLOBS + first, BLOBS + first + count - 1)}
+  return letter(dead, group, partition .. '@' .. id, attempts, reason, error, words)
 end
 
 local refused, which = publish(outputs, BLOBS)
 if refused then return {'REFUSED', refused, which} end
 for _, effect in ipairs(effects) do
   if effect[1] == 'dead' then
-    local added = bury(unpack(effect, 2))
-    if type(added) == 'table' and added.err then
-      return string.find(added.err, 'OOM') and {'FULL'} or added
-    end
+    local why = bury(unpack(effect, 2))
+    if why then return string.find(why, 'OOM') and {'FULL'} or {err = why} end
   end
 end
 redis.call('PERSIST', lease)
@@ -95,8 +91,14 @@ function apply.park(list, key, blob, due, attempts, postponed, error)
   if redis.call('ZADD', parked, 'NX', due, key) == 1 then tell(key, attempts, postponed, now, error) end
   more = more + 1
 end
-function apply.delay(list, key, id, due, attempts, postponed, error)
+local function leave(list, id, left)
+  local front, head = id .. ' ' .. left .. ' ', redis.call('LINDEX', KEYS[list], 0)
+  local _, last = string.find(head, '^%S+ [%d,]* ?')
+  if string.sub(head, 1, last) ~= front then redis.call('LSET', KEYS[list], 0, front .. string.sub(head, last + 1)) end
+end
+function apply.delay(list, key, id, due, attempts, postponed, error, left)
   if not is_head(list, id) then return end
+  if left then leave(list, id, left) end
   redis.call('ZADD', parked, due, key)
   tell(key, attempts, postponed, since(key), error)
   redis.call('HDEL', note, id)

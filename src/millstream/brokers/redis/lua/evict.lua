@@ -8,6 +8,7 @@
 --          state, which the sweep finds too, not an event that must be caught.
 -- Notes    After a crash: `ks` (started in k crashes before, and now) becomes `k+1`; nothing becomes `0`, or `1` where it
 --          was alone (lone: this is the first call, and the partition is the whole unit). Without a crash the `s` goes.
+--          What is left of a pack, `*<id>`, stays as it is.
 -- Cost     O(limit)
 local log, fence, live, due, note, stats = unpack(KEYS)
 local group, consumer, score, limit, crashed, lone = unpack(ARGV)
@@ -41,7 +42,7 @@ for _, entry in ipairs(pending) do
     moved = moved + 1
   else -- its body was trimmed away
     redis.call('XACK', log, group, id)
-    redis.call('HDEL', note, id, '+' .. id)
+    redis.call('HDEL', note, id, '+' .. id, '*' .. id)
     lost = lost + 1
   end
 end

@@ -1,8 +1,9 @@
 -- take.lua: hand out entries of one partition that wait and are due by the server's clock.
+-- USES     parts
 -- KEYS     log, fence, due, note, stats
 -- ARGV     group, consumer, nonce, limit
 -- RETURNS  {OK, first due ms of what still waits or '', how many bodies were gone,
---           {id, count, note, postponed, fields}, …} | {FENCED}
+--           {id, count, note, postponed, fields, of a pack of which not all is left: `0,3`}, …} | {FENCED}
 -- Why      Two consumers may take at once, a foreign client may have claimed or acked an entry, its body may be trimmed:
 --          all is looked at and changed in one step per id. Only what `~due` owns is ours to hand out; for the rest the
 --          id leaves `due`. XCLAIM without JUSTID counts the attempt before its handler runs.
@@ -24,16 +25,17 @@ for _, id in ipairs(ids) do
   if pending and pending[2] == '~due' then
     local entry = redis.call('XCLAIM', log, group, consumer, 0, id)[1]
     if entry and entry[2] then
-      local notes = redis.call('HMGET', note, id, '+' .. id)
-      answer[#answer + 1] = {id, pending[4] + 1, notes[1] or '', notes[2] or '0', entry[2]}
+      local notes = redis.call('HMGET', note, id, '+' .. id, '*' .. id)
+      local left = handed(note, id, notes[3])
+      answer[#answer + 1] = {id, pending[4] + 1, notes[1] or '', notes[2] or '0', entry[2], left}
       for _, word in ipairs(entry[2]) do bytes = bytes + #word end
     else
       redis.call('XACK', log, group, id)
-      redis.call('HDEL', note, id, '+' .. id)
+      redis.call('HDEL', note, id, '+' .. id, '*' .. id)
       lost = lost + 1
     end
   else
-    redis.call('HDEL', note, id, '+' .. id)
+    redis.call('HDEL', note, id, '+' .. id, '*' .. id)
   end
   redis.call('ZREM', due, id)
 end

@@ -81,7 +81,7 @@ local function needed(dead, last, first) -- the first event that a dead letter n
   local newer = redis.call('XRANGE', dead, last == '' and '-' or '(' .. last, '+', 'COUNT', MAX_LETTERS)
   if #newer == MAX_LETTERS then return nil, true end
   for _, letter in ipairs(newer) do
-    local id = string.match(named(letter[2]).position or '', '@(%d+%-%d+)$')
+    local id = string.match(named(letter[2]).position or '', '@(%d+%-%d+)')
     if id and (first == '' or before(id, first)) and #redis.call('XRANGE', log, id, id) > 0 then first = id end
   end
   return first ~= '' and first or nil

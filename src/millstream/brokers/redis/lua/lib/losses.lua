@@ -62,7 +62,7 @@ do
     for _, entry in ipairs(gone) do
       redis.call('XACK', log, group, entry[1])
       redis.call('ZREM', due, entry[1])
-      redis.call('HDEL', note, entry[1], '+' .. entry[1])
+      redis.call('HDEL', note, entry[1], '+' .. entry[1], '*' .. entry[1])
     end
     return #gone
   end

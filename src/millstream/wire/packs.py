@@ -1,0 +1,261 @@
+"""Packs: an event of many. `docs/wire-format.md` describes the format.
+
+An entry costs Redis and its client about a microsecond and 80 bytes, whatever it holds; a pack shares that among its
+events. It is an event itself, of a type of ours: so brokers store, read and trim it as any other, and a consumer meets
+both kinds in one stream. All its events have its key and its source. Its data are one MessagePack array of *columns*:
+what is the same for all events stands there once, and what is not is an array of n. So one call decodes all of it,
+similar values lie side by side for the compression, and a consumer pays for the envelope of an event only when it asks.
+
+Figures per event, for packs of 512 events of 193 bytes: with zstd writing takes 0.31 µs and reading 0.16 µs; nearly all
+of it is the compression. A record on demand is 0.5 µs, all of a pack one after the other 0.25 µs each. Tried instead of
+the array of data: one value with the lengths beside it, which is as small, and slower since Python must cut it; and JSON
+lines, written and read in one call, which save 0.12 and 0.03 µs where all events are Structs: not worth a second form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
+from typing import Annotated, Any, TypeAlias, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from millstream.errors import NotSupported, TooLarge, WireError
+from millstream.units import (
+    MAX_EVENT_BYTES,
+    MAX_HEADERS_BYTES,
+    MAX_ID_CHARS,
+    MAX_PACK_BYTES,
+    MAX_PACK_EVENTS,
+    MAX_TIME_MS,
+    MAX_TYPE_CHARS,
+)
+from millstream.wire import compression
+from millstream.wire.compression import NO_DICTIONARIES, Compression, Dictionaries, Dictionary
+from millstream.wire.entry import Record
+
+TYPE = "millstream.pack"
+"""The type of an entry that is a pack."""
+
+MAX_PREFIX_CHARS = MAX_ID_CHARS - len(f".{MAX_PACK_EVENTS - 1}")
+
+_VERSION = "1"
+
+T = TypeVar("T")
+_Many: TypeAlias = Annotated[list[T], Meta(max_length=MAX_PACK_EVENTS)]  # refused before an element is looked at
+_Data: TypeAlias = Annotated[bytes, Meta(max_length=MAX_EVENT_BYTES)]
+_Headers: TypeAlias = Annotated[bytes, Meta(max_length=MAX_HEADERS_BYTES)]
+_Time: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_TIME_MS)]
+
+
+class Columns(Struct, frozen=True, gc=False, array_like=True):
+    """The events of a pack, column by column: a list has one value for each of them, anything else stands for all."""
+
+    datas: _Many[_Data]
+    types: str | _Many[str]
+    ids: _Many[str] | None = None
+    """None, or an empty id: event k has the id `<id of the pack>.<k>`."""
+    times: _Time | _Many[_Time] = 0
+    """Milliseconds since the epoch; 0 is the time of the pack."""
+    headers: _Headers | _Many[_Headers] = b""
+
+    @classmethod
+    def of(cls, records: Sequence[Record]) -> Columns:
+        """Of records with one key and one source, which are due at once."""
+        assert len({(record.key, record.source, record.due_ms) for record in records}) == 1
+        assert records[0].due_ms is None
+        ids = [record.id for record in records]
+        return cls(
+            [record.data for record in records],
+            _shared([record.type for record in records]),
+            ids if any(ids) else None,
+            _shared([record.time_ms for record in records]),
+            _shared([record.headers for record in records]),
+        )
+
+
+class Packed(Struct, frozen=True, gc=False):
+    """A pack that was read. Event k of the entry `1693-0` has the offset `1693-0.k`."""
+
+    pack: Record
+    offset: str
+    columns: Columns
+
+    def __len__(self) -> int:
+        return len(self.columns.datas)
+
+    def __iter__(self) -> Iterator[Record]:
+        """All events, each with its envelope."""
+        pack, columns, n = self.pack, self.columns, len(self)
+        return map(
+            Record,
+            repeat(pack.partition, n),
+            map(self._id, range(n)),
+            _each(columns.types, n),
+            columns.datas,
+            repeat(pack.key, n),
+            (time_ms or pack.time_ms for time_ms in _each(columns.times, n)),
+            _each(columns.headers, n),
+            repeat(None, n),
+            repeat(pack.source, n),
+        )
+
+    def data(self, k: int) -> bytes:
+        """Event k alone, without its envelope."""
+        return self.columns.datas[k]
+
+    def record(self, k: int) -> Record:
+        """Event k with its envelope."""
+        pack, columns = self.pack, self.columns
+        return Record(
+            pack.partition,
+            self._id(k),
+            _at(columns.types, k),
+            columns.datas[k],
+            pack.key,
+            _at(columns.times, k) or pack.time_ms,
+            _at(columns.headers, k),
+            None,
+            pack.source,
+        )
+
+    def offset_of(self, k: int) -> str:
+        """Where event k lies in its partition."""
+        return part_offset(self.offset, k)
+
+    def _id(self, k: int) -> str:
+        ids = self.columns.ids
+        return (ids[k] if ids else "") or f"{self.pack.id}.{k}"
+
+
+class _Form(Struct, frozen=True, gc=False):
+    """The headers of a pack that say how its data are to be read."""
+
+    pack: str
+    n: str
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Columns).decode
+_form = msgspec.json.Decoder(_Form).decode
+
+
+def write(
+    columns: Columns,
+    how: Compression,
+    *,
+    partition: int,
+    id_: str,
+    key: str | None = None,
+    source: str = "",
+    dictionary: Dictionary | None = None,
+) -> Record:
+    """The pack as a record with this id, at most `MAX_PREFIX_CHARS` long; key and source are those of all its events.
+
+    Raises `TooLarge`, and `NotSupported` without the library.
+    """
+    content, n = _encode(columns), len(columns.datas)
+    if len(content) > MAX_PACK_BYTES or n > MAX_PACK_EVENTS:
+        raise _too_large(n, len(content), MAX_PACK_BYTES)
+    body = compression.compress(content, how, dictionary)
+    if len(body) >= len(content):
+        body, how = content, "none"
+    if len(body) > MAX_EVENT_BYTES:
+        raise _too_large(n, len(body), MAX_EVENT_BYTES)
+    headers = b'{"pack":"%s/%s","n":"%d"}' % (_VERSION.encode(), how.encode(), n)
+    return Record(partition, id_, TYPE, body, key, 0, headers, None, source)
+
+
+def is_pack(record: Record) -> bool:
+    """True for a record that is a pack, as far as its type says so."""
+    return record.type == TYPE
+
+
+def read(pack: Record, offset: str, dictionaries: Dictionaries = NO_DICTIONARIES) -> Packed:
+    """The events of a record that `is_pack`, and where it lies.
+
+    Raises `WireError` for anything but a whole pack within all limits.
+    """
+    try:
+        form = _form(pack.headers)
+        version, _, how = form.pack.partition("/")
+        if version != _VERSION:
+            raise WireError(f"version {version[:20]!r}: a newer Millstream may read it")
+        n = int(form.n) if _is_number(form.n) and len(form.n) <= len(str(MAX_PACK_EVENTS)) else 0
+        if not 0 < n <= MAX_PACK_EVENTS:
+            raise WireError(f"it has to hold from 1 to {MAX_PACK_EVENTS:,} events")
+        columns = _decode(compression.decompress(pack.data, how, MAX_PACK_BYTES, dictionaries))
+        _check(pack, columns, n)
+    except (ValueError, RecursionError, msgspec.MsgspecError, WireError) as error:
+        raise WireError(f"not a pack that can be read: {' '.join(str(error).split())[:300]}") from None
+    return Packed(pack, offset, columns)
+
+
+def lacking(pack: Record) -> NotSupported | None:
+    """What keeps us from reading a record that `is_pack`: the library of its compression, which is not installed."""
+    try:
+        how = _form(pack.headers).pack.partition("/")[2]
+        if how != "none":
+            compression.library(how)
+    except NotSupported as error:
+        return error
+    except (msgspec.MsgspecError, KeyError):
+        pass  # `read` says what is wrong with it
+    return None
+
+
+def part_offset(offset: str, k: int) -> str:
+    """The offset of event k of the pack that lies at this one."""
+    return f"{offset}.{k}"
+
+
+def part_of(offset: str) -> tuple[str, int | None]:
+    """`("1693-0", 17)` for `1693-0.17`; without a part `("1693-0", None)`. Raises `ValueError`."""
+    entry, dot, part = offset.partition(".")
+    if dot and not _is_number(part):
+        raise ValueError(f"{offset!r} is not an offset: the events of a pack are numbered, as in 1693-0.17")
+    return entry, int(part) if dot else None
+
+
+def _too_large(n: int, size: int, limit: int) -> TooLarge:
+    return TooLarge(
+        f"a pack of {n:,} events and {size:,} bytes, over the limits of {MAX_PACK_EVENTS:,} and {limit:,}; put fewer "
+        "events into a pack"
+    )
+
+
+def _check(pack: Record, columns: Columns, n: int) -> None:
+    if any(isinstance(column, list) and len(column) != n for column in msgspec.structs.astuple(columns)):
+        raise WireError(f"it says {n:,} events, and has a column of another length")
+    if (
+        len(pack.id) > MAX_PREFIX_CHARS
+        or _widest(columns.ids) > MAX_ID_CHARS
+        or _widest(columns.types) > MAX_TYPE_CHARS
+    ):
+        raise WireError("its id, or the type or id of an event, is over its limit")
+    if not (all(columns.types) if isinstance(columns.types, list) else columns.types):
+        raise WireError("an event lacks its type")
+
+
+def _is_number(text: str) -> bool:
+    # Digits of ASCII alone: int() takes those of other scripts too, and other languages would not.
+    return text.isascii() and text.isdigit()
+
+
+def _widest(column: str | Sequence[str] | None) -> int:
+    """Bytes of the longest text."""
+    texts = [column] if isinstance(column, str) else column or ()
+    return max(map(len, texts if "".join(texts).isascii() else map(str.encode, texts)), default=0)
+
+
+def _shared(column: list[T]) -> T | list[T]:
+    return column[0] if column.count(column[0]) == len(column) else column
+
+
+def _at(column: Any, k: int) -> Any:
+    return column[k] if isinstance(column, list) else column
+
+
+def _each(column: Any, n: int) -> Iterable[Any]:
+    return column if isinstance(column, list) else repeat(column, n)

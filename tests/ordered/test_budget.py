@@ -1,0 +1,140 @@
+"""The budget: what windows may hold, whatever their number, the size of events and the slowness of handlers."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+
+from millstream.brokers import budget
+from millstream.brokers.base import Position, Record
+from millstream.brokers.budget import EVENT_BYTES, MAX_BYTES, Budget, Held
+from millstream.brokers.window import WINDOW
+from tests.ordered.helpers import handed_out, settle, stored
+from tests.ordered.scripted import Place, opened, positions, settlement
+
+LARGE = 1_000_000
+
+
+class Consumer:
+    """Stands for one."""
+
+
+def test_windows_and_consumers_have_like_shares() -> None:
+    whole, one, other = Budget(), Consumer(), Consumer()
+    whole.join(one)
+    assert (whole.share_bytes(1), whole.share_bytes(8)) == (MAX_BYTES, MAX_BYTES // 8)
+    whole.join(other)
+    assert whole.share_bytes(8) == MAX_BYTES // 16
+    whole.leave(other)
+    assert whole.share_bytes(8) == MAX_BYTES // 8
+
+
+def test_a_consumer_that_never_left_takes_no_part_for_ever() -> None:
+    whole, one = Budget(), Consumer()
+    whole.join(one)
+    whole.join(Consumer())
+    gc.collect()
+    assert whole.share_bytes(1) == MAX_BYTES
+
+
+def test_without_windows_there_is_a_share_all_the_same() -> None:
+    assert Budget().share_bytes(0) == MAX_BYTES
+
+
+def test_one_group_on_eight_partitions_gets_whole_windows_of_small_events() -> None:
+    whole, held = Budget(), Held()
+    whole.join(held)
+    assert held.room(whole.share_bytes(8)) >= WINDOW
+
+
+def test_what_is_held_counts_by_the_page() -> None:
+    held = Held()
+    held.read(2, 300)
+    held.read(3, 3_000)
+    held.read(0, 0)
+    first, second = 300 + 2 * EVENT_BYTES, 3_000 + 3 * EVENT_BYTES
+    assert held.size_bytes == first + second
+    held.passed(1)
+    assert held.size_bytes == first + second
+    held.passed(2)
+    assert held.size_bytes == second
+    held.passed(2)
+    assert held.size_bytes == 0
+
+
+def test_there_is_room_for_events_of_the_size_of_those_that_came_last() -> None:
+    held = Held()
+    held.read(10, 10 * EVENT_BYTES)
+    assert held.room(30 * EVENT_BYTES) == 5
+    held.read(10, 40 * EVENT_BYTES)
+    assert held.room(100 * EVENT_BYTES) == 6
+    assert held.room(EVENT_BYTES) <= 0
+
+
+def test_one_that_is_empty_has_room_for_one_event_of_any_size() -> None:
+    held = Held()
+    assert held.room(0) == 1
+    held.read(1, LARGE)
+    assert held.room(0) <= 0
+    held.passed(1)
+    assert held.room(0) == 1
+
+
+def test_a_window_is_not_read_beyond_its_share_until_a_page_has_passed() -> None:
+    window = handed_out("abc")
+    assert window.cursor_within(5 * EVENT_BYTES).room == 1
+    assert window.cursor_within(3 * EVENT_BYTES).room <= 0
+    for number in 1, 2, 3:
+        settle(window, number)
+    stored(window)
+    assert window.cursor_within(3 * EVENT_BYTES).room == 2
+    window.draining = True
+    assert window.cursor_within(MAX_BYTES).room == 0
+
+
+async def large(place: Place, count: int, partition: int) -> list[Position]:
+    records = [Record(partition, f"{partition}-{n}", "t", b"x" * LARGE, f"{n}") for n in range(count)]
+    return await place.broker.append("orders", records)
+
+
+async def test_a_partition_with_nothing_settled_takes_no_room_from_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "MAX_BYTES", 8 * LARGE)
+    place = await opened(2)
+    consumer, script = await place.member()
+    await large(place, 1, 0)
+    await consumer.fetch(1, 0)  # now it is known how large they are
+    await large(place, 20, 0)
+    held = [claim for _ in range(10) for claim in await consumer.fetch(1, 0)]
+    assert len(held) == 2  # and the first one: four would be more than its half, with all that is around them
+    others = await large(place, 1, 1)
+    assert positions(await consumer.fetch(10, 0)) == others
+    assert script.asked("read")[-1].keys() == {1}
+
+
+async def test_a_fetch_goes_on_as_soon_as_what_was_held_is_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "MAX_BYTES", 2 * LARGE)
+    place = await opened()
+    consumer, _ = await place.member()
+    events = await large(place, 5, 0)
+    found: list[Position] = []
+    while len(found) < len(events):
+        claims = await consumer.fetch(10, 1)
+        assert claims
+        found += positions(claims)
+        await consumer.settle([settlement(claim) for claim in claims])
+    assert found == events
+
+
+async def test_members_of_many_groups_hold_no_more_than_one() -> None:
+    place = await opened()
+    first, _ = await place.member()
+    second, _ = await place.member()
+    shared = Budget()
+    for consumer in first, second:
+        consumer._budget.leave(consumer)
+        consumer._budget = shared
+        shared.join(consumer)
+    assert shared.share_bytes(1) == MAX_BYTES // 2
+    await second.close()
+    assert shared.share_bytes(1) == MAX_BYTES
