@@ -13,6 +13,7 @@ from millstream import (
     Delivery,
     Event,
     MillstreamError,
+    Pack,
     Position,
     Reject,
     Retry,
@@ -281,3 +282,20 @@ async def test_dataclasses_and_models_are_events_too() -> None:
 def test_headers_that_cannot_be_read_count_as_none() -> None:
     delivery = Delivery(Placed(order_id="o"), "i", None, "", "", 0, b"{broken", Position(0, "0"), 1, False, None, print)
     assert delivery.headers == {}
+
+
+async def test_what_travels_in_packs_and_as_messagepack_is_told_event_by_event() -> None:
+    parcels = Stream("parcels", Placed, pack=Pack(codec="none"), codec="msgpack")
+    app = App("shop", streams=[parcels])
+
+    @app.subscriber(parcels, "billing", retry=Retry(1))
+    async def charge(event: Placed) -> None:
+        if event.total == 3:
+            raise ConnectionError("the bank does not answer")
+
+    async with TestApp(app, raise_errors=False) as t:
+        sent = [Placed(order_id="o", total=total) for total in range(9)]
+        await app.publish_many(sent)
+        await t.idle()
+        assert t.published(parcels) == sent
+        assert [letter.event for letter in t.dead("billing")] == [sent[3]]

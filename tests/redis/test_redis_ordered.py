@@ -478,10 +478,10 @@ async def test_what_a_log_holds_is_looked_up_without_its_events(server: RedisSer
 
 async def test_the_first_read_of_large_events_brings_few(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
     async with alone(server, MANY) as (broker, consumer):
-        large = [replace(record, data=b"x" * 1_000_000) for record in records(32, partitions=4)]
+        large = [replace(record, data=b"x" * 1_000_000) for record in records(12, partitions=4)]
         await broker.append("many", large)
         brought = brought_by(life_of(consumer), monkeypatch)
-        assert all(await settled(consumer, await claimed(consumer, 32)))
+        assert all(await settled(consumer, await claimed(consumer, 12)))
         assert max(brought) <= MAX_REPLY_BYTES // 1_000_000
 
 

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import pytest
 
-from millstream import App, Skip
+from millstream import App, Pack, Skip, Stream
 from millstream.brokers.base import Record
 from millstream.errors import BrokerDown
 from millstream.telemetry import LISTENER_FAILED
@@ -152,3 +152,18 @@ class Deaf(Faulty):
             self.refused += 1
             raise BrokerDown("away")
         return await self.broker.read(*words)  # type: ignore[arg-type]
+
+
+async def test_a_listener_hears_the_events_of_a_pack() -> None:
+    crowd = Stream("crowd", Placed, pack=Pack(codec="none"), codec="msgpack")
+    app, seen = App("choir", streams=[crowd]), list[int]()
+
+    @app.listener(crowd)
+    async def hear(event: Placed) -> None:
+        seen.append(event.n)
+
+    async with app.opened(broker=memory(app)), at_work(app):
+        positions = await app.publish_many([Placed(n=n) for n in range(20)])
+        assert len({position.offset.partition(".")[0] for position in positions}) == 1
+        await until(lambda: len(seen) == 20)
+    assert seen == list(range(20))

@@ -28,6 +28,7 @@ from millstream.brokers.memory.broker import MemoryBroker
 from millstream.clock import Clock
 from millstream.delivery import Delivery, Envelope
 from millstream.errors import MillstreamError, WireError
+from millstream.publisher import unpacked
 from millstream.stream import Position, Stream
 from millstream.telemetry import DEAD, HELD, LISTENER_FAILED, RETRIED, SLOT_FAILED
 from millstream.testing.clock import VirtualClock
@@ -215,7 +216,7 @@ class TestApp:
             for partition, place in places.items():
                 while page := await broker.read(name, partition, place, _PAGE):
                     place = places[partition] = page[-1].position
-                    events = (_decoded(stream, stored.record.type, stored.record.data) for stored in page)
+                    events = (_decoded(stream, event.record.type, event.record.data) for event in unpacked(page))
                     self._published.setdefault(name, []).extend(event for event in events if event is not None)
             for group in await broker.admin.groups(name):
                 if group.group in self._dead:
@@ -265,6 +266,6 @@ def _decoded(stream: Stream[Any], name: str, data: bytes) -> Any:
     if cls is None:
         return None
     try:
-        return codec.decoder(cls)(data)
+        return codec.decoder(cls, stream.codec)(data)
     except WireError:
         return None

@@ -10,6 +10,7 @@ from millstream.brokers.base import Broker, Claim, Position, Stored
 from millstream.clock import Clock
 from millstream.errors import BrokerError, Skip
 from millstream.handlers.subscriber import Subscriber
+from millstream.publisher import unpacked
 from millstream.telemetry import LISTENER_FAILED, Telemetry, logger
 from millstream.worker.backoff import Backoff
 from millstream.worker.call import Route
@@ -48,7 +49,8 @@ class Listener:
                     page = await self._broker.read(self._stream, partition, place, _PAGE)
                     for stored in page:
                         places[partition] = stored.position
-                        await self._handle(stored)
+                        for event in unpacked((stored,)):
+                            await self._handle(event)
                 await self._broker.wait(self._stream, places, _WAIT_S)
             except BrokerError as error:
                 await backoff.pause(error)
