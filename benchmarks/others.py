@@ -1,7 +1,7 @@
 """Other frameworks at the same work, each in a virtual environment of its own that is made when it is asked for.
 
 A peer is a folder in `peers/`: pins in `requirements.txt` (or `package.json`), and a `bench.py` (or `bench.mjs`) that
-prints one JSON object; `peers/tally.py` says which. Settings are the fastest ones that still handle at least once.
+prints one JSON object; `peers/tally.py` says which. Settings are fast ones that still handle at least once.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections import defaultdict
@@ -58,12 +59,13 @@ class Rounds:
         limit = self._limit(broker, scenario.limit, min(events, self.events), size_bytes)
         options = ["--events", str(events), "--size", str(size_bytes)]
         command = [sys.executable, "-m", "benchmarks.ours", scenario.measure, self._empty(broker), *options]
-        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=WITHIN_S)
+        environment = os.environ | ({"MILLSTREAM_MAX_IN_FLIGHT": str(scenario.ahead)} if scenario.ahead else {})
+        ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=WITHIN_S)
         if ran.returncode:
             self._failed(key, ran.stderr)
             return
         found: Found = json.loads(ran.stdout)
-        if broker == "redis" and scenario.measure == "publish-many":
+        if broker == "redis" and scenario.measure in ("publish-many", "pack-publish"):
             found["stored_bytes"] = self._stored_bytes() / events
         self._add(key, found, limit)
 

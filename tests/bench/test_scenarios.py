@@ -11,6 +11,7 @@ import pytest
 from millstream.app import App
 from millstream.bench import scenarios
 from millstream.bench.meter import Meter
+from millstream.bench.prose import texts
 from millstream.bench.scenarios import LEAST_BYTES, SCENARIOS, Miscounted, Run, Sale, Scenario, percentile, sale
 from millstream.errors import BadSetting
 from millstream.wire import codec
@@ -37,8 +38,15 @@ async def test_every_scenario_handles_every_event_exactly_once(
     assert result.rate == pytest.approx(EVENTS / result.cost.seconds)
     assert result.cost.seconds > 0 and result.cost.server_cpu_s is None
     assert result.p50_ms is None and result.p99_ms is None
-    assert result.bytes_per_event is not None and 200 <= result.bytes_per_event < 600
+    least, most = (10, 150) if name.startswith("pack") else (200, 600)
+    assert result.bytes_per_event is not None and least <= result.bytes_per_event < most
     assert told == sorted(told) and all(done <= EVENTS for done in told)
+
+
+def test_texts_differ_and_have_the_length_that_was_asked_for() -> None:
+    made = texts(115)
+    assert {len(text) for text in made} == {115} and len(set(made)) == len(made) and made == texts(115)
+    assert {len(text) for text in texts(3_000)} == {3_000} and set(texts(0)) == {""}
 
 
 async def test_latency_is_that_of_each_event_but_the_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ before the watch starts, and so is a backlog that is to be handled. Handling is 
 end of its drain. There is no result unless every event was handled exactly once and the broker says that the group has
 nothing left.
 
-Nothing here knows a terminal, or the limit of the engine. Two that pack their events will stand beside the others.
+Nothing here knows a terminal, or the limit of the engine.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ import msgspec
 
 from millstream.app import App
 from millstream.bench.meter import Cost, Meter
+from millstream.bench.prose import VARIANTS, texts
 from millstream.brokers.base import StreamInfo
 from millstream.clock import Clock
-from millstream.errors import BadSetting, BrokerError, MillstreamError
+from millstream.errors import BadSetting, BrokerError, MillstreamError, NotSupported
 from millstream.event import Event
 from millstream.retry import Batch
 from millstream.settings import Settings
-from millstream.stream import Position, Stream
+from millstream.stream import Pack, Position, Stream
 from millstream.units import MAX_EVENT_BYTES
+from millstream.wire import compression
+from millstream.wire.compression import Compression
 
 Load: TypeAlias = Literal["publish", "handle", "both", "latency"]
 """What a scenario asks of the engine: what its limit is measured with."""
@@ -61,8 +64,18 @@ class Sale(Event, type="bench.sale"):
     note: str
 
 
+def _codec() -> Compression:
+    """The default where its library is installed; packs as they are elsewhere."""
+    try:
+        compression.check("zstd")
+    except NotSupported:
+        return "none"
+    return "zstd"
+
+
 sales = Stream("sales", Sale)
 keyed = Stream("keyed", Sale, key="who", partitions=8)
+packed = Stream("packed", Sale, pack=Pack(codec=_codec()))
 
 
 def sale(number: int, note: str) -> Sale:
@@ -126,13 +139,13 @@ class Run:
         self.delays_ms: list[float] = []
         self.app = App("bench", broker=url, streams=[self.stream], settings=Settings.load(namespace=namespace))
         self.clock = Clock()
-        self._note = "-" * (size_bytes - LEAST_BYTES)
+        self._notes = texts(size_bytes - LEAST_BYTES)
         if scenario.subscribe is not None:
             scenario.subscribe(self)
 
     def made(self, at_once: int = CHUNK) -> Iterator[list[Sale]]:
         """All events, in lists."""
-        events = (sale(number, self._note) for number in range(self.events))
+        events = (sale(number, self._notes[number % VARIANTS]) for number in range(self.events))
         while chunk := list(islice(events, at_once)):
             yield chunk
 
@@ -159,10 +172,13 @@ class Run:
     async def checked(self) -> StreamInfo:
         """The stream, when the broker agrees with what we have counted. Raises `Miscounted`."""
         (info,) = (info for info in await self.app.broker.admin.streams() if info.spec.name == self.stream.name)
-        _check("stored", [info.events], self.events)
+        entries = self.events if self.stream.pack is None else info.events or 0
+        _check("stored", [info.events], entries)
         if self.app.groups():
             (group,) = await self.app.broker.admin.groups(self.stream.name)
-            _check("handled", [self.count.times.count(1), group.done], self.events)
+            done = [group.done] if self.stream.pack is None else []
+            _check("handled", [self.count.times.count(1), *done], self.events)
+            _check("settled", [group.done], entries)
             _check("left", [group.lag, group.pending, group.dead], 0)
         return info
 
@@ -323,6 +339,8 @@ SCENARIOS = {
         Scenario("handle-batch", "handle", _handle, _in_batches),
         Scenario("both", "both", _both, _one_by_one),
         Scenario("latency", "latency", _latency, _timed, max_events=LATENCY_EVENTS),
+        Scenario("pack-publish", "publish", _publish_many, stream=packed),
+        Scenario("pack-handle", "handle", _handle, _one_by_one, packed),
     )
 }
 """Each by its name, in the order in which they are shown; `docs/commands.md` says what is timed."""

@@ -61,7 +61,8 @@ def _size(context: click.Context, option: click.Parameter, value: str) -> int:
 def bench(given: Given, names: tuple[str, ...], events: int, size: int, yes: bool, output: Output) -> None:
     """Measure how fast it is here, beside what the engine can do.
 
-    Scenarios: publish-many publish-concurrent handle handle-ordered handle-batch both latency, or all. Each runs in a
+    Scenarios: publish-many publish-concurrent handle handle-ordered handle-batch both latency
+    pack-publish pack-handle, or all. Each runs in a
     namespace of its own, on SQLite in a file of its own beside the one that is named; nothing of it stays, and what a
     killed run has left, the next one removes. There are no figures unless every event was handled exactly once.
 

@@ -24,7 +24,7 @@ MAX_SEQ = (1 << SEQ_BITS) - 1
 MAX_STREAMS = (1 << 63 - SEQ_BITS) // MAX_PARTITIONS - 1  # 8,191: what is left of 63 bits
 
 MAX_TAKE_BYTES = MAX_APPEND_BYTES  # events in one answer to a group, the first one apart
-MAX_PAGE_BYTES = 8_388_608  # events in one answer to a reader
+MAX_PAGE_BYTES = 33_554_432  # events in one answer to a reader
 
 STREAM = "id, name, partitions, key, codec, policy"  # as `Known` takes it
 COLUMNS = "event.row, event.id, type, source, stored_ms, time_ms, subject, headers, data"
