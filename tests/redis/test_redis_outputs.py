@@ -185,6 +185,19 @@ async def test_the_outputs_of_several_events_pass_a_ceiling_no_further_than_thos
 
 
 @both_modes
+async def test_outputs_that_fit_in_part_only_wait_for_room_and_hold_up_nothing_else(
+    server: RedisServer, order: bool
+) -> None:
+    policy = replace(DEDUPE, ceiling_events=4)
+    async with consuming(server, order, 2, policy, "before") as (broker, consumer, claims):
+        for _ in range(2):
+            with pytest.raises(BrokerFull, match=r"'mails' .* ceiling of 4 events"):
+                await consumer.settle([settled(claims[0], mails(6)), settled(claims[1])])
+            (group,) = await broker.admin.groups("orders")
+            assert group.done == 1 and sum(await stored(broker)) == 4
+
+
+@both_modes
 @both_ways
 async def test_an_id_that_is_remembered_is_not_stored_again(server: RedisServer, order: bool, way: str) -> None:
     async with consuming(server, order, 4, DEDUPE, way) as (broker, consumer, claims):

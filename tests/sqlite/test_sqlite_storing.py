@@ -13,7 +13,7 @@ import pytest
 from msgspec.structs import replace
 
 from millstream.brokers.base import LATER, Output, Policy, Position, Record, Settlement, Slot, StreamSpec
-from millstream.brokers.sqlite import verbs
+from millstream.brokers.sqlite import log, verbs
 from millstream.brokers.sqlite.broker import SQLiteBroker
 from millstream.errors import BrokerFull, Unconfirmed
 from tests.sqlite.places import (
@@ -266,7 +266,8 @@ async def test_processes_that_are_killed_at_any_moment_store_each_id_each_slot_a
     assert infos[KEPT].events in (49, 50)  # of each of two partitions whole events
 
 
-async def test_a_page_holds_fewer_events_when_they_are_large(tmp_path: Path) -> None:
+async def test_a_page_holds_fewer_events_when_they_are_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "MAX_PAGE_BYTES", 8_388_608)
     async with opened(tmp_path / "shop.db") as broker:
         for n in range(12):
             await broker.append("orders", records(f"id-{n}", size_bytes=1_000_000))

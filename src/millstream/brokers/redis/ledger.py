@@ -415,29 +415,30 @@ class RedisLedger:
 
     async def _append_and_commit(self, writer: Link, commits: Sequence[Commit]) -> list[Committed]:
         refused = await self._append(writer, commits)
-        answers = {partition: Committed(state) for partition, state in refused.items()}
+        answers = dict(refused)
         answers |= await self._commit(writer, [commit for commit in commits if commit.partition not in refused], None)
         for partition, answer in answers.items():
             if answer.state is not State.STORED:
                 self._appended.pop(partition, None)
         return [answers[commit.partition] for commit in commits]
 
-    async def _append(self, writer: Link, commits: Sequence[Commit]) -> dict[int, State]:
-        # Outputs of those whose lease is ours. Returns which commits are not to be sent, and why.
+    async def _append(self, writer: Link, commits: Sequence[Commit]) -> dict[int, Committed]:
+        # Outputs of those whose lease is ours. Returns what is answered to the commits that are not to be sent.
         given = {commit.partition: [e for e in commit.effects if isinstance(e, Output)] for commit in commits}
         todo = [commit for commit in commits if given[commit.partition]]
         todo = [commit for commit in todo if self._appended.get(commit.partition) != (commit.epoch, commit.seq)]
-        refused = dict.fromkeys(await self._not_ours(writer, todo), State.LOST) if todo else {}
+        refused = dict.fromkeys(await self._not_ours(writer, todo), Committed(State.LOST)) if todo else {}
         todo = [commit for commit in todo if commit.partition not in refused]
         failed = await outputs.append(self._broker, [o for commit in todo for o in given[commit.partition]])
         for error in failed.values():
             if not isinstance(error, BrokerFull):
                 raise error
         for commit in todo:
-            if failed.keys().isdisjoint(output.stream for output in given[commit.partition]):
+            why = next((failed[o.stream] for o in given[commit.partition] if o.stream in failed), None)
+            if why is None:
                 self._appended[commit.partition] = commit.epoch, commit.seq
             else:
-                refused[commit.partition] = State.FULL
+                refused[commit.partition] = Committed(State.FULL, why=str(why))
         return refused
 
     async def _not_ours(self, writer: Link, commits: Sequence[Commit]) -> list[int]:

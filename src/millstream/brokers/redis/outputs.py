@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from millstream.brokers.base import Letter, Output, Record
 from millstream.brokers.redis.appending import MAX_SCRIPT_BYTES, MAX_SCRIPT_RECORDS, Known, refusal
 from millstream.brokers.redis.link import Link, ReplyError
-from millstream.errors import BrokerDown, BrokerError, PublishError
+from millstream.errors import BrokerDown, BrokerError, PublishError, Unconfirmed
 from millstream.wire import entry
 
 if TYPE_CHECKING:
@@ -127,5 +127,14 @@ async def append(broker: RedisBroker, outputs: Sequence[Output]) -> dict[str, Br
         except BrokerError as error:
             failed[stream] = error
         except PublishError as error:
-            failed[stream] = BrokerDown(f"outputs for {stream!r}: {error}")
+            failed[stream] = _failure(stream, error)
     return failed
+
+
+def _failure(stream: str, error: PublishError) -> BrokerError:
+    """Why some are not stored. What is full is no trouble of the server's: others can be settled meanwhile."""
+    results = error.results if isinstance(error, Unconfirmed) else ()
+    refused = [result for result in results if isinstance(result, BrokerError)]
+    if refused and None not in results:
+        return refused[0]
+    return BrokerDown(f"outputs for {stream!r}: {error}")
