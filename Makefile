@@ -17,7 +17,7 @@ help: ## list the targets
 demo: $(READY) ## watch real flight events flow; ARGS="--events 20000 --speed max -o json"
 	@$(BIN)/millstream demo $(ARGS)
 
-test: $(READY) redis postgres compiler ## run the tests; ARGS="-k house -x"
+test: $(READY) redis postgres compiler hiredis ## run the tests; ARGS="-k house -x"
 	@$(BIN)/python -m pytest --numprocesses 4 --dist worksteal $(ARGS)
 
 lint: $(READY) ## check format, rules and types
