@@ -6,8 +6,8 @@ there may be more is *busy*, and busy ones are read in turn, a few at a time, a 
 beside, some in each read, so that none of 256 waits for longer than 16 reads. All are read at once, and waited for, when
 none is busy.
 
-So a read brings two thousand events at most, however many partitions there are. On 256 an event costs this process about a third
-more than on 8, since there are fewer of each partition to a commit.
+So a read brings two thousand events at most, however many partitions there are. On 256 an event costs this process about
+a third more than on 8, since there are fewer of each partition to a commit.
 """
 
 from __future__ import annotations
