@@ -293,14 +293,14 @@ async def test_past_the_buffer_publishing_waits_its_turn() -> None:
 
 
 async def test_a_library_that_is_missing_is_named_when_the_app_opens(monkeypatch: pytest.MonkeyPatch) -> None:
-    compression.library.cache_clear()
+    compression.imported.cache_clear()
     monkeypatch.setitem(sys.modules, "lz4.frame", None)
     try:
         with pytest.raises(NotSupported, match=r"pip install 'millstream\[lz4\]'"):
             async with App("shop", broker="memory://", streams=[keyed]):
                 pass
     finally:
-        compression.library.cache_clear()
+        compression.imported.cache_clear()
 
 
 async def test_a_pack_that_cannot_be_read_is_passed_over() -> None:

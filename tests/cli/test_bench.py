@@ -40,6 +40,12 @@ def test_one_scenario_is_one_object_for_machines(project: Project, server: Redis
         assert client.keys() == []
 
 
+@pytest.mark.parametrize("words", [(), ("--yes",)])
+def test_a_file_in_no_folder_is_refused(project: Project, words: tuple[str, ...]) -> None:
+    done = project("bench", "handle", *FEW, *words, "--broker", "sqlite:////nowhere/shop.db")
+    assert done.exit_code == 3 and "/nowhere is no directory: create it" in done.stderr
+
+
 def test_several_scenarios_are_a_list_and_lines(project: Project) -> None:
     words = ("bench", "both", "publish-many", *FEW, "--broker", "memory://")
     listed = json.loads(project(*words, "-o", "json").stdout)

@@ -78,6 +78,8 @@ async def objections(url: str, events: int, size_bytes: int) -> list[str]:
     """Why a run should not be made here. What killed runs have left is removed before it is asked."""
     if _is_sqlite(url):
         folder = _file(url, RUNS).parent
+        if not folder.is_dir():
+            raise BrokerRefused(f"{url}: {folder} is no directory: create it, or name another path")
         for name in {match[0] for path in folder.iterdir() if (match := _NAME.match(path.name))}:
             if _is_over(name):
                 _unlink(folder, name)

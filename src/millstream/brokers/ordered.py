@@ -7,9 +7,8 @@
 A partition is read by its owner alone, so nothing has to be claimed: reading costs the server nothing but the reading, and
 progress is one small commit for as many events as were settled meanwhile. `window.py` holds the rules of the order.
 
-Nothing waits to be committed: while one round of commits is under way outcomes gather, and leave with the next. A lone event
-is committed at once; behind a backlog one write every few milliseconds holds what was settled of each partition, and a
-commit costs as much as ten events. Therefore fetches take what there is of one partition, rather than a little from each.
+While one round of commits is under way outcomes gather, and leave with the next: a lone event is committed at once. A commit
+costs as much as ten events, so fetches take what there is of one partition, rather than a little from each.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Dictionary(threading.local):
 
     # Local to each thread, which therefore runs `__init__`: a context of zstd may be used by one thread at a time.
     def __init__(self, content: bytes) -> None:
-        zstandard = library("zstd")
+        zstandard = imported("zstd")
         if len(content) > MAX_DICTIONARY_BYTES:
             raise BadSetting(f"a dictionary of {len(content):,} bytes, over the limit of {MAX_DICTIONARY_BYTES:,}")
         try:
@@ -66,7 +66,7 @@ NO_DICTIONARIES: Dictionaries = MappingProxyType({})
 
 def train(samples: Sequence[bytes], size_bytes: int = DICTIONARY_BYTES) -> bytes:
     """Make the content of a dictionary from some thousands of events. Raises `BadSetting`, `NotSupported`."""
-    zstandard = library("zstd")
+    zstandard = imported("zstd")
     if not 256 <= size_bytes <= MAX_DICTIONARY_BYTES:
         raise BadSetting(f"a dictionary has from 256 to {MAX_DICTIONARY_BYTES:,} bytes, not {size_bytes:,}")
     try:
@@ -80,12 +80,12 @@ def compress(content: bytes, compression: Compression, dictionary: Dictionary | 
     """The content as one frame; only zstd makes use of a dictionary. Raises `NotSupported` without the library."""
     frame: bytes = content
     if compression == "lz4":
-        frame = library("lz4").compress(content)
+        frame = imported("lz4").compress(content)
     elif compression == "zstd" and dictionary is not None:
         frame = dictionary.compress(content)
     elif compression == "zstd":
         # A context of its own is 0.02 µs for each event of a pack, and may run beside others in other threads.
-        frame = library("zstd").ZstdCompressor(_ZSTD_LEVEL).compress(content)
+        frame = imported("zstd").ZstdCompressor(_ZSTD_LEVEL).compress(content)
     return frame
 
 
@@ -114,11 +114,11 @@ def plain(data: bytes, dictionaries: Dictionaries) -> bytes:
 def check(compression: Compression) -> None:
     """Raise `NotSupported` when the library for it is not installed: better at the start than for every pack."""
     if compression != "none":
-        library(compression)
+        imported(compression)
 
 
 @cache
-def library(compression: str) -> Any:
+def imported(compression: str) -> Any:
     """The module that does it. Raises `NotSupported` when it is not installed."""
     try:
         return import_module(_LIBRARIES[compression])
@@ -130,7 +130,7 @@ def library(compression: str) -> Any:
 @cache
 def _library_to_read(compression: str) -> Any:
     try:
-        return library(compression)
+        return imported(compression)
     except NotSupported as error:
         raise WireError(str(error)) from None
 

@@ -197,7 +197,7 @@ def lacking(pack: Record) -> NotSupported | None:
     try:
         how = _form(pack.headers).pack.partition("/")[2]
         if how != "none":
-            compression.library(how)
+            compression.imported(how)
     except NotSupported as error:
         return error
     except (msgspec.MsgspecError, KeyError):

@@ -4,10 +4,9 @@ No task per event (2 to 4 µs), no timer per event (4 µs): one sweeper looks at
 that never suspends is run by one lane to the end of the queue, the others stay asleep; as soon as it suspends, the next lane
 wakes. Each start looks at the clock: a process that was frozen must not go on as if it were still trusted.
 
-Work goes in *turns*: whoever has waited for something works out how much may be started, and until when, before the others
-(the heartbeat, the settler, the reader) must have the loop again. So a start compares one number and one time with what was
-worked out, and all that changes only while somebody waits is looked at once a turn. An event takes 1.5 µs here and in the
-settler: 0.35 of them are its decoding, 0.15 the call of a handler that does nothing, 0.1 its settlement, 0.1 the clock.
+Work goes in *turns*: whoever has waited works out how much may be started, and until when, before the others (the heartbeat,
+the settler, the reader) must have the loop again; a start compares with that. An event takes 1.5 µs here and in the settler:
+0.35 of them are its decoding, 0.15 the call of a handler that does nothing, 0.1 its settlement, 0.1 the clock.
 
 A group that keeps the order of keys has one claim of a key in the queue or in a lane. When that one must be tried again, the
 claims that wait for it are put back behind it, uncounted: nobody may overtake it.
