@@ -27,7 +27,8 @@ class Settings:
     threads: int = 16
     """Handlers that are plain functions run in this many threads, per group and process."""
     max_in_flight: int | None = None
-    """Events of one group that a process may hold, fetched and not settled. Default: 2 x concurrency x batch size."""
+    """Events of one group that a process may hold, fetched and not settled. Default: 2 x concurrency x batch size, or what
+    was settled lately in 5 ms where that is more, up to 2,000."""
     max_parked: int = MAX_PARKED
     """Events of one ordered group that may wait with their keys; past it, their partitions wait too."""
     publish_patience: Duration = "2s"

@@ -53,7 +53,7 @@ class Lanes:
         settle: Callable[[Settlement], None],
         caught_up: Callable[[], Awaitable[None]],
         dropped: Callable[[int], None],
-        turn: int,
+        turn: Callable[[], int],
         runs: Runs,
         concurrency: int,
     ) -> None:
@@ -400,7 +400,7 @@ class Lanes:
 
     def _begin_turn(self) -> None:
         """Everybody else had the loop: so many may start now, and until then."""
-        self._starts = 0 if self._stopping else self._turn
+        self._starts = 0 if self._stopping else self._turn()
         self._until = min(self._monotonic() + _TURN_S, self._keeper.trusted_until)
 
     async def _sleep(self) -> None:

@@ -61,7 +61,7 @@ class Worker:
         self._telemetry = telemetry
         self._concurrency = _concurrency(group, settings)
         batch_size = group.batch.size if group.batch is not None else 1
-        self._ahead = ReadAhead(self._concurrency * batch_size, batch_size, settings.max_in_flight)
+        self._ahead = ReadAhead(self._concurrency * batch_size, batch_size, settings.max_in_flight, clock)
         self._lanes: Lanes | None = None
         self._runs = Runs(group, self._ahead, clock, telemetry, self._left)
         self._room = asyncio.Event()
@@ -102,7 +102,7 @@ class Worker:
                 settle=settler.add,
                 caught_up=settler.caught_up,
                 dropped=self._left,
-                turn=max(1, self._ahead.limit // 2),  # what has ended is settled while the other half is handled
+                turn=self._ahead.turn,
                 runs=self._runs,
                 concurrency=self._concurrency,
             )
