@@ -197,4 +197,4 @@ def test_many_names_are_not_remembered_for_ever() -> None:
     for number in range(3_000):
         ((_, record, _),) = read_page(0, [(b"1-0", entry(id=b"a", time=b"5", type=b"t-%d" % number))])
         assert record.type == f"t-{number}"
-    assert len(wire._texts) <= wire._MAX_TEXTS
+    assert len(wire._types) <= wire._MAX_TEXTS

@@ -104,23 +104,22 @@ def read(fields: Sequence[bytes], *, partition: int, offset: str, stored_ms: int
 def read_page(partition: int, entries: Iterable[tuple[bytes, Sequence[bytes]]]) -> list[tuple[str, Record, str]]:
     """Of each entry of a log, by id and fields: its offset, and what `read_or_fault` answers."""
     page: list[tuple[str, Record, str]] = []
-    add, texts = page.append, _texts
+    add = page.append
     last: bytes | None = None
     time_ms = 0
     for entry_id, fields in entries:
         offset = entry_id.decode()
         try:
-            if fields[0::2] == _LAYOUT and len(fields) == 14:
-                _, id_, _, type_, _, source, _, time, _, subject, _, headers, _, data = fields
+            n1, id_, n2, type_, n3, source, n4, time, n5, subject, n6, headers, n7, data = fields
+            if (n1, n2, n3, n4, n5, n6, n7) == FIELDS and id_ and len(id_) <= MAX_ID_CHARS:
                 small = len(data) <= MAX_EVENT_BYTES and len(headers) <= MAX_HEADERS_BYTES
-                named = 0 < len(type_) <= MAX_TYPE_CHARS and 0 < len(id_) <= MAX_ID_CHARS
-                if small and named and len(subject) <= MAX_KEY_BYTES:
+                if small and len(subject) <= MAX_KEY_BYTES:
                     stamp = time or entry_id.partition(b"-")[0]
                     if stamp != last:  # the events of one write have one time
                         time_ms, last = _milliseconds(stamp), stamp
                     key = subject.decode() if subject else None
-                    name, source_ = texts[type_], texts[source]
-                    add((offset, Record(partition, id_.decode(), name, data, key, time_ms, headers, None, source_), ""))
+                    name, app = _types[type_], _sources[source]
+                    add((offset, Record(partition, id_.decode(), name, data, key, time_ms, headers, None, app), ""))
                     continue
         except ValueError:  # the closer look below says why
             pass
@@ -138,18 +137,23 @@ def read_or_fault(partition: int, offset: str, fields: Sequence[bytes]) -> tuple
 
 
 class _Texts(dict[bytes, str]):
-    """Names of types and sources as text."""
+    """Names as text; a short one is remembered. Raises `ValueError` for one that is too long, or is no text."""
+
+    def __init__(self, least: int, most: int) -> None:
+        super().__init__()
+        self._least, self._most = least, most
 
     def __missing__(self, name: bytes) -> str:
-        text = name.decode()
-        if len(name) <= MAX_TYPE_CHARS:
-            if len(self) >= _MAX_TEXTS:
-                self.clear()
-            self[name] = text
+        if not self._least <= len(name) <= self._most:
+            raise ValueError(name)
+        if len(self) >= _MAX_TEXTS:
+            self.clear()
+        text = self[name] = name.decode()
         return text
 
 
-_texts = _Texts()
+_types = _Texts(1, MAX_TYPE_CHARS)
+_sources = _Texts(0, MAX_TYPE_CHARS)
 
 
 def _milliseconds(text: bytes) -> int:

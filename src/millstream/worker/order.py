@@ -49,14 +49,12 @@ class KeyOrder:
 
     def ended(self, key: str | None) -> Claim | None:
         """A claim has ended: the next one of its key, which may start now."""
-        if key is None:
+        queue = self._behind.pop(key, None) if key is not None else None
+        if not queue or key is None:
             return None
-        queue = self._behind.get(key)
-        if queue:
-            self.waiting -= 1
-            return queue.popleft()
-        self._behind.pop(key, None)
-        return None
+        self._behind[key] = queue
+        self.waiting -= 1
+        return queue.popleft()
 
     def join(self, key: str | None, room: int) -> list[Claim]:
         """Up to so many of those that wait for a key, to go with the claim that they wait for."""

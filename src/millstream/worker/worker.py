@@ -27,6 +27,7 @@ from millstream.settings import Settings
 from millstream.telemetry import LOST, Telemetry
 from millstream.worker.ahead import ReadAhead
 from millstream.worker.backoff import Backoff
+from millstream.worker.batches import BatchLanes
 from millstream.worker.call import Route
 from millstream.worker.gate import Gate
 from millstream.worker.keeper import Keeper
@@ -92,7 +93,8 @@ class Worker:
             keeper = Keeper(consumer, self.group.name, self._subscription.lease_s, *common, self._kept)
             settler = Settler(consumer, self.group.name, *common, self._left, self._runs.gathered)
             self._runs.begin(settler.add, able=self._broker.traits.packs)
-            self._lanes = Lanes(
+            lanes = Lanes if self.group.batch is None else BatchLanes
+            self._lanes = lanes(
                 self.group,
                 self._routes,
                 consumer,
