@@ -112,3 +112,12 @@ async def test_a_setting_is_exact_however_fast_it_is() -> None:
     ahead = ReadAhead(64, 1, 200, clock)
     await settle(ahead, clock, per_ms=200)
     assert ahead.limit == 200
+
+
+def test_many_groups_share_what_a_process_may_hold() -> None:
+    ahead = ReadAhead(64, 1, None, Clock(), groups=16)
+    ahead.came(claims(2, 1_048_576))
+    assert ahead.limit == 4
+    ahead = ReadAhead(64, 1, None, Clock(), groups=1_000)
+    ahead.came(claims(1, 1_048_576))
+    assert ahead.limit == 1, "there is always room for one"

@@ -4,8 +4,10 @@ What a worker holds nobody else can have, and a crash repeats it: so it is twice
 once, that is too little: the server is asked for 64 events at a time, and more than a third of an event's time goes into
 asking. As with every pipe, what has to be in it is the rate times the way there and back. So a worker holds what it settled
 lately in 5 ms, several ways to the server and back, where that is more: a handler that takes a millisecond never gets there,
-one that only counts gets to a thousand, and a crash repeats 5 ms of work. `max_in_flight` is exact, and there is never more
-than 32 MB of events, however few these are. As long as nobody knows how large they are, a small page is fetched.
+one that only counts gets to a thousand, and a crash repeats 5 ms of work. `max_in_flight` is exact.
+
+Nor is there ever more than 32 MB of events, or its share of 64 MB where a process has many groups; but always room for one
+event, or one batch. As long as nobody knows how large they are, a small page is fetched.
 """
 
 from __future__ import annotations
@@ -18,15 +20,18 @@ from millstream.clock import Clock
 MAX_AHEAD = 2_000  # events, without a setting and beyond twice what runs
 _PACE_S = 0.005
 _MAX_AHEAD_BYTES = 33_554_432  # of event data; what runs is there a second time, decoded
+_MAX_SHARED_BYTES = 67_108_864  # of all groups of a process
 _MAX_PAGE = 250  # larger ones cost more per event, not less
 _FIRST_PAGE = 16  # of events whose size is not known
 _SAMPLE = 8  # of so many events one is asked for its size
 
 
 class ReadAhead:
-    """What is held. `running` is how many events may be in handlers at once."""
+    """What is held. `running` is how many events may be in handlers at once, `groups` how many share the process."""
 
-    def __init__(self, running: int, batch_size: int, max_in_flight: int | None, clock: Clock) -> None:
+    def __init__(
+        self, running: int, batch_size: int, max_in_flight: int | None, clock: Clock, *, groups: int = 1
+    ) -> None:
         self._clock = clock
         self._running = running
         self._batch_size = batch_size
@@ -34,6 +39,7 @@ class ReadAhead:
         self._grows = max_in_flight is None
         self._settled = 0
         self._since_s = clock.monotonic()
+        self._max_bytes = min(_MAX_AHEAD_BYTES, _MAX_SHARED_BYTES // groups)
         self._event_bytes = 0.0
         self.held = 0
         """Events fetched and not settled."""
@@ -72,7 +78,7 @@ class ReadAhead:
         return max(1, self.limit // 2)
 
     def _set_limit(self) -> None:
-        held_by_size = int(_MAX_AHEAD_BYTES / max(1.0, self._event_bytes))
+        held_by_size = int(self._max_bytes / max(1.0, self._event_bytes))
         self.limit = min(self._most, max(self._batch_size, held_by_size))
 
     def _page(self) -> int:

@@ -125,6 +125,7 @@ async def working(
                 settings=settings,
                 clock=clock,
                 telemetry=telemetry,
+                groups=len(tables),
             )
             for group, table in tables
         ]

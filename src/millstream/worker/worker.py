@@ -52,6 +52,7 @@ class Worker:
         settings: Settings,
         clock: Clock,
         telemetry: Telemetry,
+        groups: int,
     ) -> None:
         self.group = group
         self._routes = routes
@@ -62,7 +63,9 @@ class Worker:
         self._telemetry = telemetry
         self._concurrency = _concurrency(group, settings)
         batch_size = group.batch.size if group.batch is not None else 1
-        self._ahead = ReadAhead(self._concurrency * batch_size, batch_size, settings.max_in_flight, clock)
+        self._ahead = ReadAhead(
+            self._concurrency * batch_size, batch_size, settings.max_in_flight, clock, groups=groups
+        )
         self._lanes: Lanes | None = None
         self._runs = Runs(group, self._ahead, clock, telemetry, self._left)
         self._room = asyncio.Event()
