@@ -48,6 +48,21 @@ def test_one_group_on_eight_partitions_gets_whole_windows_of_small_events() -> N
     assert held.room(whole.share_bytes(8)) >= WINDOW
 
 
+def test_of_many_windows_those_that_are_read_first_may_hold_more_than_an_even_share() -> None:
+    whole, windows = Budget(), 256
+    assert whole.share_bytes(windows) == MAX_BYTES // 16
+    assert whole.share_bytes(windows, MAX_BYTES // 4) == MAX_BYTES // 32
+    assert whole.share_bytes(windows, MAX_BYTES) == MAX_BYTES // windows
+
+
+def test_windows_that_are_never_settled_hold_half_as_much_again_as_the_budget_at_most() -> None:
+    whole, windows = Budget(), 256
+    held_bytes = 0
+    for _ in range(windows):
+        held_bytes += whole.share_bytes(windows, held_bytes)
+    assert MAX_BYTES < held_bytes <= 1.5 * MAX_BYTES
+
+
 def test_what_is_held_counts_by_the_page() -> None:
     held = Held()
     held.read(2, 300)

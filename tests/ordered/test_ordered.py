@@ -319,6 +319,14 @@ async def test_what_others_ask_for_is_told_once_and_given_to_them_after_its_prog
     assert [claim.stored.record.key for claim in await second.fetch(10, 0)] == ["c"]
 
 
+async def test_who_leaves_looks_once_however_many_partitions_are_given_back() -> None:
+    place = await opened(8)
+    consumer, script = await place.member()
+    script.calls.clear()
+    await consumer.close()
+    assert len(script.asked("release")) == 8 and len(script.asked("look")) == 1
+
+
 async def test_what_is_asked_for_and_at_rest_goes_with_the_beat() -> None:
     place = await opened(2)
     first, script = await place.member()

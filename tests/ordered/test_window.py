@@ -10,7 +10,8 @@ from millstream.brokers import portion
 from millstream.brokers.base import Later, Position
 from millstream.brokers.ledger import Bury, Committed, Cursor, Delay, Park, Pop, State
 from millstream.brokers.portion import Portion
-from millstream.brokers.window import Phase, Slot, _ahead, after, place
+from millstream.brokers.slots import Phase, Slot, ahead
+from millstream.brokers.window import after, place
 from tests.ordered.helpers import (
     claims,
     dead,
@@ -241,15 +242,15 @@ def test_nothing_is_looked_at_behind_the_last_settled_event_and_the_old_h() -> N
     slots = [Slot(claim, claim.stored.position.offset, str(number)) for number, claim in enumerate(claims("a" * 9), 1)]
     slots[1].phase = Phase.SETTLED
     rest = iter(slots)
-    assert _ahead(rest, 1, "", Portion()) == ("2", ["1"], [slots[1]])
+    assert ahead(rest, 1, "", Portion()) == ("2", ["1"], [slots[1]])
     assert next(rest) is slots[2]
     slots[4].phase = Phase.COVERED
     rest = iter(slots)
-    assert _ahead(rest, 1, "5", Portion()) == ("5", ["1", "3", "4"], [slots[1]])
+    assert ahead(rest, 1, "5", Portion()) == ("5", ["1", "3", "4"], [slots[1]])
     assert next(rest) is slots[5]
     slots[6].phase, slots[6].effects = Phase.SETTLED, [output(7)]
     rest = iter(slots)
-    assert _ahead(rest, 2, "5", Portion(room=False)) == ("5", ["1", "3", "4"], [slots[1]])
+    assert ahead(rest, 2, "5", Portion(room=False)) == ("5", ["1", "3", "4"], [slots[1]])
     assert next(rest) is slots[7]
 
 

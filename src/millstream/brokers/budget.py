@@ -1,9 +1,14 @@
 """The budget: how much the consumers of one process may hold in the order of keys, all together.
 
 A window may hold 2,048 events, but there is one for each partition of each group: 256 partitions, fifty groups, or events of
-1 MB would take gigabytes. So what all of them may hold is divided evenly among the windows there are, and one that holds its
-share is not read further until some of it has passed. Evenly, since a slow key fills the share of its own partition, and
-takes nothing from the others. An empty window is read in any case, by one event at least.
+1 MB would take gigabytes. So what all of them may hold is divided evenly among the consumers there are, and each divides its
+part among its windows. One that holds its share is not read further until some of it has passed. A share of each is kept for
+it, since a slow key fills that of its own partition, and takes nothing from the others. An empty window is read in any case,
+by one event at least.
+
+Of 256 partitions those alone are worth filling that are read at this moment, and with pages of a 256th of the budget each
+event would cost a third more. So a window may hold an eighth of what is left of half the part too, where that is more than
+its even share: the fuller the others, the smaller it is, and all together hold half as much again as the budget at most.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from weakref import WeakSet
 
 MAX_BYTES = 16_777_216  # one group on eight partitions gets whole windows of small events
 EVENT_BYTES = 1_000  # of one event beside its data, in all the objects around it: about
+_FILLED = 8  # windows that are filled at one time
 
 
 class Budget:
@@ -29,9 +35,10 @@ class Budget:
         """It holds nothing any more."""
         self._consumers.discard(consumer)
 
-    def share_bytes(self, windows: int) -> int:
-        """What each window of a consumer may hold that has so many of them."""
-        return MAX_BYTES // max(1, len(self._consumers)) // max(1, windows)
+    def share_bytes(self, windows: int, held_bytes: int = 0) -> int:
+        """What each window of a consumer may hold that has so many of them, and holds so much in them."""
+        part_bytes = MAX_BYTES // max(1, len(self._consumers))
+        return max(part_bytes // max(1, windows), (part_bytes // 2 - held_bytes) // _FILLED)
 
 
 class Held:

@@ -5,37 +5,34 @@
                         └► LOST: the window is dropped, `settle` answers False, `keep` tells it once, then acquire again
 
 A partition is read by its owner alone, so nothing has to be claimed: reading costs the server nothing but the reading, and
-progress is one small commit for as many events as were settled meanwhile. `window.py` holds the rules of the order.
+progress is one small commit for as many events as were settled meanwhile. `window.py` holds the rules of the order,
+`windows.py` those of taking turns, `share.py` who has which partition.
 
-While one round of commits is under way outcomes gather, and leave with the next: a lone event is committed at once. A commit
-costs as much as ten events, so fetches take what there is of one partition, rather than a little from each.
+While one round of commits is under way outcomes gather, and leave with the next: a lone event is committed at once.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from itertools import groupby
-from operator import attrgetter
 
 from millstream.brokers.base import Claim, Kept, Position, Settlement, Subscription
 from millstream.brokers.budget import Budget
 from millstream.brokers.ledger import Cursor, Grant, Lease, Ledger, State, View
 from millstream.brokers.refused import Refused
-from millstream.brokers.share import share
+from millstream.brokers.share import Sharing, look_s
 from millstream.brokers.window import Window
+from millstream.brokers.windows import Windows
 from millstream.clock import Clock
 from millstream.errors import BrokerDown, BrokerError, BrokerFull, LeaseLost, LogRegressed
 from millstream.telemetry import ACQUIRED, BROKER_ERROR, RELEASED, Telemetry, logger
 from millstream.units import DEAD_FULL_S
 
-LOOK_S = 0.5  # how often the others are looked at, at most: a takeover follows within a second of the lease
 MAX_HEADS = 32  # of a partition, begun in one step
 MAX_READ = 1_000  # events in one answer
-MAX_CALLS = 4  # take the rest of what was read of one partition before another one has its turn
-LEAST_OF_A_KEY = 8  # events are handed out at once, and more only if a fetch asks for more: see `_hand_out`
 TRUST = 0.75  # of the lease: past it, others may have taken over, and what is handed out may be settled already
 FULL_TOLD_S = 1.0  # a partition that waits since too much is parked says so this often, at most
 LEAST_WAIT_S = 0.001  # due times are whole milliseconds
@@ -59,21 +56,16 @@ class OrderedConsumer:
         self._telemetry = telemetry
         self._budget = budget or Budget()
         self._budget.join(self)
-        self._max_parked = -(-subscription.max_parked // subscription.stream.partitions)
-        self._windows: dict[int, Window] = {}
-        self._lost: set[Position] = set()
+        self._windows = Windows(max_parked=-(-subscription.max_parked // subscription.stream.partitions))
         self._asked: set[int] = set()
-        self._promised: dict[tuple[int, int], float] = {}
-        self._ownerless: dict[tuple[int, int], float] = {}
+        self._sharing = Sharing(subscription.lease_s)
         self._look_at = 0.0
         self._changed = asyncio.Event()
         self._begun: list[Claim] = []
-        self._left_out: set[int] = set()
         self._full_told_s = -FULL_TOLD_S
         self._waits_until_ms = 0.0
         self._entering = asyncio.Lock()
         self._committing = asyncio.Lock()
-        self._turn = 0
         self._closed = False
         self._beat_s = 0.0
 
@@ -95,17 +87,18 @@ class OrderedConsumer:
                 await self._begin_heads(ledger, limit)
                 await self._trust(ledger)
                 claims = self._take_begun(limit)
-                claims += self._hand_out(limit - len(claims))
+                claims += self._windows.hand_out(limit - len(claims), self._tell_full)
                 left_s = until - self._clock.monotonic()
                 if not claims:
-                    wait_s = max(0.0, min(left_s, self._due_s(ledger)))
+                    due_s = max(LEAST_WAIT_S, (self._windows.due_ms() - ledger.now_ms) / 1000)
+                    wait_s = max(0.0, min(left_s, due_s))
                     self._waits_until_ms = ledger.now_ms + wait_s * 1000
                     try:
                         await self._read(ledger, limit, wait_s, changed)
                     finally:
                         self._waits_until_ms = 0.0
                     await self._trust(ledger)
-                    claims = self._hand_out(limit)
+                    claims = self._windows.hand_out(limit, self._tell_full)
             except LeaseLost as error:
                 self._end(ledger, error)
                 claims = []
@@ -123,7 +116,7 @@ class OrderedConsumer:
             suspects[window].append(position.offset)
         for window, offsets in suspects.items():
             # It may have been lost, and even acquired anew, while the ledger was asked about another one.
-            if not self._has(window) or not await ledger.begin(window.partition, window.epoch, offsets):
+            if not self._windows.has(window) or not await ledger.begin(window.partition, window.epoch, offsets):
                 self._lose(window)
                 raise LeaseLost(f"{ledger.name} does not hold partition {window.partition} any more")
 
@@ -140,7 +133,7 @@ class OrderedConsumer:
             else:
                 known.append(False)
         await self._commit(touched.values())
-        lost = {partition for partition, window in touched.items() if not self._has(window)}
+        lost = {partition for partition, window in touched.items() if not self._windows.has(window)}
         if lost:
             answers = zip(known, settlements, strict=True)
             return [ours and settlement.position.partition not in lost for ours, settlement in answers]
@@ -157,7 +150,7 @@ class OrderedConsumer:
                 await self._share()
         except LeaseLost as error:
             self._end(ledger, error)
-        lost, self._lost = frozenset(self._lost), set()
+        lost, self._windows.lost = frozenset(self._windows.lost), set()
         asked, self._asked = frozenset(self._asked), set()
         if lost:
             self._look_at = 0.0  # those partitions may be acquired again from now on
@@ -165,8 +158,7 @@ class OrderedConsumer:
 
     async def release(self, partitions: frozenset[int]) -> None:
         """Hand back what is held of these partitions, store their progress, and give them to whoever asked for them."""
-        for window in [window for window in self._windows.values() if window.partition in partitions]:
-            await self._release(window)
+        await self._release([window for window in self._windows.values() if window.partition in partitions])
 
     async def close(self) -> None:
         """Store all progress, hand back all that is held, and leave the group."""
@@ -177,8 +169,7 @@ class OrderedConsumer:
         ledger = self._ledger
         try:
             try:
-                for window in list(self._windows.values()):
-                    await self._release(window)
+                await self._release(list(self._windows.values()))
             finally:
                 if ledger is not None:
                     await ledger.leave()
@@ -235,13 +226,8 @@ class OrderedConsumer:
         for window in list(self._windows.values()):
             self._lose(window)
 
-    def _has(self, window: Window) -> bool:
-        return self._windows.get(window.partition) is window
-
     def _lose(self, window: Window) -> None:
-        if self._has(window):
-            del self._windows[window.partition]
-            self._lost.update(window.held())
+        if self._windows.lose(window):
             self._wake()
 
     def _wake(self) -> None:
@@ -264,21 +250,19 @@ class OrderedConsumer:
     async def _share(self) -> None:
         """Look who has what; then take, ask and give."""
         ledger, now = await self._living(), self._clock.monotonic()
-        self._look_at = now + min(LOOK_S, self._subscription.lease_s / 4)
+        self._look_at = now + look_s(self._subscription.lease_s)
         view = await ledger.look()
         self._compare(ledger, view)
-        barred = {position.partition for position in self._lost}
-        steps = share(ledger.name, view, self._reserved(view, now), barred, self._overdue(view, now))
+        barred = {position.partition for position in self._windows.lost}
+        steps = self._sharing.steps(ledger.name, view, barred, now)
         unseen = [lease for lease in view.leases if lease.owner == ledger.name and lease.partition not in self._windows]
-        for lease in (*unseen, *steps.take):  # unseen: acquired by a call whose answer never came
-            if lease.partition not in barred:
-                await self._acquire(ledger, lease)
+        wanted = [*unseen, *steps.take]  # unseen: acquired by a call whose answer never came
+        await self._acquire(ledger, [lease for lease in wanted if lease.partition not in barred])
         for lease in steps.ask:
             await ledger.ask(lease)
         for lease in steps.give:
             self._drain(lease.partition)
-        for window in [window for window in self._windows.values() if window.draining and window.at_rest()]:
-            await self._release(window, view)
+        await self._release([window for window in self._windows.values() if window.draining and window.at_rest()])
 
     def _compare(self, ledger: Ledger, view: View) -> None:
         """Find out which of our partitions are ours no more, and what people have released of the others."""
@@ -295,28 +279,18 @@ class OrderedConsumer:
             window.draining = True
             self._asked.add(partition)
 
-    def _reserved(self, view: View, now: float) -> set[int]:
-        """Partitions that were released to somebody else a moment ago."""
-        promised = {
-            (lease.partition, lease.epoch): now
-            for lease in view.leases
-            if not lease.owner and lease.next in view.members
-        }
-        self._promised = promised | {key: since for key, since in self._promised.items() if key in promised}
-        patience_s = self._subscription.lease_s / 2
-        return {partition for (partition, _), since in self._promised.items() if now - since < patience_s}
+    async def _acquire(self, ledger: Ledger, leases: Sequence[Lease]) -> None:
+        async with asyncio.TaskGroup() as tasks:  # all at once: of 256 a server answers most while we wait for one
+            asked = [tasks.create_task(_grant(ledger, lease)) for lease in leases]
+        answers = [task.result() for task in asked]
+        for grant in answers:
+            if isinstance(grant, Grant):
+                await self._begin(ledger, grant)
+        for error in answers:
+            if isinstance(error, BrokerError):
+                raise error
 
-    def _overdue(self, view: View, now: float) -> set[int]:
-        """Partitions that have been nobody's since an earlier look: those who might have taken them have not."""
-        owners = [(lease.partition, lease.epoch) for lease in view.leases if lease.owner not in view.members]
-        self._ownerless = {owner: self._ownerless.get(owner, now) for owner in owners}
-        patience_s = min(LOOK_S, self._subscription.lease_s / 4)
-        return {partition for (partition, _), since in self._ownerless.items() if now - since >= patience_s}
-
-    async def _acquire(self, ledger: Ledger, lease: Lease) -> None:
-        grant = await ledger.acquire(lease)
-        if grant is None:
-            return
+    async def _begin(self, ledger: Ledger, grant: Grant) -> None:
         self._tell(grant)
         window = Window(grant)
         while window.catching_up:
@@ -344,45 +318,34 @@ class OrderedConsumer:
                 *(group, stream, grant.lost, grant.partition),
             )
 
-    async def _release(self, window: Window, view: View | None = None) -> None:
-        if not self._has(window):
-            return
-        ledger = await self._living()
-        window.draining = True
-        window.give_back()
-        with suppress(BrokerFull):  # what could not be stored is handled again, by whoever has the partition next
-            await self._commit([window])
-        if not self._has(window):
-            return
-        heir = (view or await ledger.look()).leases[window.partition].want
-        await ledger.release(window.partition, window.epoch, heir)
-        if self._has(window):  # else it was lost meanwhile, and may even have been acquired anew
-            del self._windows[window.partition]
-        self._emit(RELEASED, window, heir=heir)
-        self._look_at = 0.0
-        self._wake()
+    async def _release(self, windows: Sequence[Window]) -> None:
+        """Store the progress of each of these windows, and give it to whoever asked for it when the first one was given."""
+        view: View | None = None
+        for window in windows:
+            if not self._windows.has(window):
+                continue
+            ledger = await self._living()
+            window.draining = True
+            window.give_back()
+            with suppress(BrokerFull):  # what could not be stored is handled again, by whoever has the partition next
+                await self._commit([window])
+            if not self._windows.has(window):
+                continue
+            view = view or await ledger.look()
+            heir = view.leases[window.partition].want
+            await ledger.release(window.partition, window.epoch, heir)
+            if self._windows.has(window):  # else it was lost meanwhile, and may even have been acquired anew
+                del self._windows[window.partition]
+            self._emit(RELEASED, window, heir=heir)
+            self._look_at = 0.0
+            self._wake()
 
     # Claiming.
 
-    def _hand_out(self, limit: int) -> list[Claim]:
-        # A call goes on with the partition of the last one, if a few calls take what is left there: so a commit covers more.
-        # Else it begins one further, or a busy first one would starve the others. A worker asks for half of what it has room
-        # for: as many of one key at most, and a slow key leaves the other half to others.
-        claims: list[Claim] = []
-        windows = deque(self._windows.values())
-        windows.rotate(-self._turn)
-        if windows and not 0 < windows[0].left <= MAX_CALLS * limit:
-            windows.rotate(-1)
-            self._turn += 1
-        for step, window in enumerate(windows):
-            if len(claims) >= limit:
-                self._turn += step - 1
-                break
-            if window.events_parked >= self._max_parked:
-                self._tell_full(window)
-            elif window.ready:
-                claims += window.hand_out(limit - len(claims), max(limit, LEAST_OF_A_KEY))
-        return claims
+    def _take_begun(self, limit: int) -> list[Claim]:
+        ours = [claim for claim in self._begun if self._windows.holds(claim)]
+        self._begun = ours[limit:]
+        return ours[:limit]
 
     def _tell_full(self, window: Window) -> None:
         now = self._clock.monotonic()
@@ -395,16 +358,6 @@ class OrderedConsumer:
                 "then `millstream key release`, or `millstream key drop`"
             )
         )
-
-    def _take_begun(self, limit: int) -> list[Claim]:
-        ours = [claim for claim in self._begun if self._is_held(claim)]
-        self._begun = ours[limit:]
-        return ours[:limit]
-
-    def _is_held(self, claim: Claim) -> bool:
-        position = claim.stored.position
-        window = self._windows.get(position.partition)
-        return window is not None and window.epoch == claim.token and window.holds(position.offset)
 
     async def _begin_heads(self, ledger: Ledger, limit: int) -> None:
         now_ms = ledger.now_ms
@@ -420,32 +373,20 @@ class OrderedConsumer:
                 raise
             if found is None:
                 self._lose(window)
-            elif self._has(window) and not window.draining:
+            elif self._windows.has(window) and not window.draining:
                 window.due_ms = min(window.due_ms, found.due_ms)
                 self._begun += window.begin(found.heads)
 
     async def _read(self, ledger: Ledger, limit: int, wait_s: float, changed: asyncio.Event) -> None:
-        windows = self._windows if self._subscription.fresh else {}
-        share_bytes = self._budget.share_bytes(len(self._windows))
-        cursors = {
-            partition: cursor
-            for partition, window in windows.items()
-            if window.events_parked < self._max_parked and (cursor := window.cursor_within(share_bytes)).room > 0
-        }
-        self._left_out = self._windows.keys() - cursors.keys()
+        cursors = self._windows.cursors(self._budget) if self._subscription.fresh else {}
         if not cursors:
             await self._clock.wait(changed, wait_s)
             return
         claims = await ledger.read(cursors, max(limit, MAX_READ), wait_s)
-        for partition, page in groupby(claims, attrgetter("stored.position.partition")):
+        for partition, page in _pages(claims):
             window = self._windows.get(partition)
             if window is not None and window.epoch == cursors[partition].epoch:
                 window.put(page)
-
-    def _due_s(self, ledger: Ledger) -> float:
-        """How long nothing that is parked is due."""
-        due_ms = min([window.due_ms for window in self._windows.values() if not window.draining], default=float("inf"))
-        return max(LEAST_WAIT_S, (due_ms - ledger.now_ms) / 1000)
 
     # Committing.
 
@@ -453,7 +394,7 @@ class OrderedConsumer:
         """Store what there is to store of these windows; raises `BrokerFull` after all that needs no room was stored."""
         async with self._committing:
             refused = Refused()
-            todo = [window for window in windows if self._has(window)]
+            todo = [window for window in windows if self._windows.has(window)]
             while todo:
                 todo = await self._commit_once(todo, refused)
             if refused.full:
@@ -462,14 +403,8 @@ class OrderedConsumer:
 
     def _rouse(self, windows: Iterable[Window]) -> None:
         """Wake a fetch that waits for what is there now: an event, a head, or room to read more."""
-        if not self._waits_until_ms:
-            return
-        share_bytes = self._budget.share_bytes(len(self._windows))
-        for window in windows:
-            room = window.partition in self._left_out and window.cursor_within(share_bytes).room > 0
-            if window.ready or room or window.due_ms < self._waits_until_ms:
-                self._wake()
-                return
+        if self._waits_until_ms and self._windows.offer(windows, self._budget, self._waits_until_ms):
+            self._wake()
 
     async def _commit_once(self, windows: Sequence[Window], refused: Refused) -> list[Window]:
         ledger = await self._living()
@@ -496,4 +431,21 @@ class OrderedConsumer:
                 window.bury_later(int(ledger.now_ms + DEAD_FULL_S * 1000))
             if answer.state is not State.FULL or refused.add(window, commit, answer.why):
                 again.append(window)
-        return [window for window in again if self._has(window)]
+        return [window for window in again if self._windows.has(window)]
+
+
+async def _grant(ledger: Ledger, lease: Lease) -> Grant | BrokerError | None:
+    try:
+        return await ledger.acquire(lease)
+    except BrokerError as error:
+        return error
+
+
+def _pages(claims: Sequence[Claim]) -> Iterator[tuple[int, Sequence[Claim]]]:
+    """The claims of each partition, which lie together: found by halving, since a look at each event would be dear."""
+    begin = 0
+    while begin < len(claims):
+        partition = claims[begin].stored.position.partition
+        end = bisect_left(claims, True, begin, key=lambda claim: claim.stored.position.partition != partition)
+        yield partition, claims[begin:end]
+        begin = end

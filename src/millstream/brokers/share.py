@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from millstream.brokers.ledger import Lease, View
 
+LOOK_S = 0.5  # at most between two looks
+
 
 class Share(NamedTuple):
     """What a member does next."""
@@ -22,6 +24,42 @@ class Share(NamedTuple):
     ask: list[Lease]
     give: list[Lease]
     """Each to its `want`."""
+
+
+class Sharing:
+    """What a member remembers from look to look: since when a lease waits for somebody."""
+
+    def __init__(self, lease_s: float) -> None:
+        self._lease_s = lease_s
+        self._promised: dict[tuple[int, int], float] = {}
+        self._ownerless: dict[tuple[int, int], float] = {}
+
+    def steps(self, me: str, view: View, barred: Collection[int], now: float) -> Share:
+        """The member's next steps; `barred` partitions are left alone."""
+        return share(me, view, self._reserved(view, now), barred, self._overdue(view, now))
+
+    def _reserved(self, view: View, now: float) -> set[int]:
+        """Partitions that were released to somebody else a moment ago."""
+        promised = {
+            (lease.partition, lease.epoch): now
+            for lease in view.leases
+            if not lease.owner and lease.next in view.members
+        }
+        self._promised = promised | {key: since for key, since in self._promised.items() if key in promised}
+        patience_s = self._lease_s / 2
+        return {partition for (partition, _), since in self._promised.items() if now - since < patience_s}
+
+    def _overdue(self, view: View, now: float) -> set[int]:
+        """Partitions that have been nobody's since an earlier look: those who might have taken them have not."""
+        owners = [(lease.partition, lease.epoch) for lease in view.leases if lease.owner not in view.members]
+        self._ownerless = {owner: self._ownerless.get(owner, now) for owner in owners}
+        patience_s = look_s(self._lease_s)
+        return {partition for (partition, _), since in self._ownerless.items() if now - since >= patience_s}
+
+
+def look_s(lease_s: float) -> float:
+    """How often the others are looked at: a takeover follows within a second of the lease."""
+    return min(LOOK_S, lease_s / 4)
 
 
 def share(

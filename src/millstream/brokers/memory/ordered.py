@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from millstream.brokers.base import (
@@ -33,6 +34,7 @@ from millstream.brokers.ledger import (
     State,
     View,
 )
+from millstream.brokers.letters import waiting
 from millstream.brokers.memory.letters import Letters
 from millstream.brokers.memory.log import ordinal
 from millstream.brokers.memory.part import NEVER, Note, Parked, Part, Queue
@@ -180,10 +182,10 @@ class OrderedGroup:
         ]
         return sorted(found, key=lambda key: key.since_ms)
 
-    def parked(self, key: ParkedKey) -> list[Stored]:
-        """The events that wait of a key."""
+    def parked(self, key: ParkedKey, limit: int) -> list[Stored]:
+        """The first events that wait of a key."""
         queue = self.parts[key.partition].parked.get(key.key)
-        return [event.stored for event in queue.events] if queue else []
+        return list(islice(waiting(queue.events), limit)) if queue else []
 
     def release_key(self, key: ParkedKey) -> bool:
         """Let a key be tried at once, attempts counted anew; False when it does not wait."""

@@ -63,12 +63,16 @@ class Gaps:
             return commit
         return replace(commit, ordinal=commit.ordinal + missing)
 
+    @property
+    def due(self) -> bool:
+        """True when the next look is due: then nothing is to be read before it."""
+        return self._clock.monotonic() >= self._look_at
+
     async def look(self, link: Link, partitions: Iterable[int]) -> None:
         """Now and then, while no read of these is under way, find out what is gone, and count it."""
-        now = self._clock.monotonic()
-        if now < self._look_at:
+        if not self.due:
             return
-        self._look_at = now + self._period_s
+        self._look_at = self._clock.monotonic() + self._period_s
         looked = [partition for partition in partitions if partition in self._counts]
         ends = await link.run_each(scripts["ends"], [((self._place.at[partition].log,), ()) for partition in looked])
         for partition, reply in zip(looked, ends, strict=True):

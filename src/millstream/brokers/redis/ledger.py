@@ -16,9 +16,8 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
-from msgspec.structs import replace
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from millstream.brokers.base import (
     Claim,
@@ -44,14 +43,14 @@ from millstream.brokers.redis import outputs, parked
 from millstream.brokers.redis.gaps import Gaps
 from millstream.brokers.redis.incarnation import TRUST
 from millstream.brokers.redis.joining import join
-from millstream.brokers.redis.link import BLOCK_S, Link, ReplyError, pack
-from millstream.brokers.redis.members import MAX_DEAD_AT_ONCE, SWEEP_S, Place, Ticks, behind, new_name
+from millstream.brokers.redis.link import Link, ReplyError
+from millstream.brokers.redis.members import Place, Ticks, behind, new_name
 from millstream.brokers.redis.outputs import Targets
+from millstream.brokers.redis.pages import Page, Pages
 from millstream.brokers.redis.pair import Pair
 from millstream.brokers.redis.progress import BEFORE_ALL, call, committed, grant
 from millstream.brokers.redis.scripts import scripts
-from millstream.brokers.redis.sizes import Sizes
-from millstream.brokers.redis.turns import MAX_EVENTS, PAGE, Turns
+from millstream.brokers.redis.sight import Sight
 from millstream.errors import BrokerDown, BrokerError, BrokerFull, LeaseLost
 from millstream.wire import entry
 
@@ -113,17 +112,14 @@ class RedisLedger:
         self._formers = formers
         self._nonce = broker.clock.nonce().encode()
         self._fence = place.fence(name)
-        self._partition_of = {at.log: partition for partition, at in enumerate(place.at)}
         self._pair = Pair(broker, name)
+        self._pages = Pages(place, self._pair)
         self._ticks = Ticks(broker.clock, subscription.lease_s)
         self._replaced = False
         self._beat_at = 0.0
-        self._sweep_at = 0.0
+        self._sight = Sight(place, name, broker.clock, self._ticks, subscription.lease_s, self._ours)
         self._gaps = Gaps(place, name, broker.clock, subscription.lease_s)
-        self._turns = Turns()
         self._ahead_ms = 0.0
-        self._silent: Mapping[str, bytes] = {}
-        self._sizes = Sizes()
         self._appended: dict[int, tuple[int, int]] = {}
 
     # Its life.
@@ -172,28 +168,7 @@ class RedisLedger:
 
     async def look(self) -> View:
         """See who lives, and who has what; forget those who are silent and own nothing."""
-        writer, place = await self._writer(), self._place
-        silent_since = self._ticks.silent_since()
-        asked: list[tuple[Any, ...]] = [("GET", place.tick), ("ZRANGE", place.live, 0, -1, "WITHSCORES")]
-        asked += [("HMGET", at.lease, "owner", "epoch", "want", "next") for at in place.at]
-        asked += [("ZRANGE", at.parked, 0, 0, "WITHSCORES") for at in place.at]
-        replies = await writer.calls([*asked, *self._sweep()])
-        for reply in replies[: len(asked)]:
-            if isinstance(reply, ReplyError):
-                raise writer.failure(reply, "look")
-        tick, live, *rest = replies[: len(asked)]
-        gone = self._gone(replies[len(asked) + 1 :])
-        self._ticks.remember(int(tick or 0))
-        scores = {name.decode(): score for name, score in zip(live[::2], live[1::2], strict=True)}
-        scores.pop(self.name, None)
-        self._silent = {name: score for name, score in scores.items() if float(score) <= silent_since}
-        count = len(place.at)
-        leases = [self._lease(*found) for found in zip(place.partitions, rest[:count], rest[count:], strict=True)]
-        leases = [replace(lease, epoch=0) if lease.partition in gone else lease for lease in leases]
-        idle = self._silent.keys() - {lease.owner for lease in leases}
-        for name in sorted(idle)[:MAX_DEAD_AT_ONCE]:
-            await writer.run(scripts["bury"], (place.fence(name), place.live), (name, self._silent[name]))
-        return View(frozenset(scores.keys() - self._silent.keys() | {self.name}), leases)
+        return await self._sight.look(await self._writer(), self.now_ms + self._ahead_ms)
 
     async def leave(self) -> None:
         """Be a member no longer."""
@@ -213,7 +188,8 @@ class RedisLedger:
         """Take a lease that is free, or whose owner is silent."""
         writer, at = await self._writer(), self._place.at[seen.partition]
         keys = at.log, self._fence, self._place.live, at.lease, at.meta, at.parked, at.parkinfo, at.note, at.stats
-        score = self._silent.get(seen.owner, b"")
+        self._sight.changed()
+        score = self._sight.silent.get(seen.owner, b"")
         who = self._place.group, self.name, self._nonce
         state, *answer = await writer.run(
             scripts["acquire"], keys, (*who, seen.owner, seen.epoch, score, *self._formers)
@@ -226,7 +202,7 @@ class RedisLedger:
             return None
         found = grant(seen.partition, answer)
         self._gaps.begin(found, answer[-1])
-        self._turns.acquired(seen.partition)
+        self._pages.acquired(seen.partition)
         return found
 
     async def ask(self, seen: Lease) -> None:
@@ -237,32 +213,32 @@ class RedisLedger:
     async def release(self, partition: int, epoch: int, heir: str) -> None:
         """Give a lease back."""
         writer = await self._writer()
+        self._sight.changed()
         await writer.run(scripts["yield"], (self._place.at[partition].lease,), (self.name, epoch, heir))
 
     # Reading.
 
     async def read(self, cursors: Mapping[int, Cursor], limit: int, wait_s: float) -> list[Claim]:
         """Events behind the cursors; waits for the first one, for a second at most."""
-        await self._gaps.look(await self._writer(), cursors)
-        partitions, busy = self._turns.next(cursors, self._sizes.most)
-        room = max(cursor.room for cursor in cursors.values())
-        count = self._count(len(partitions), busy, limit, room)
-        block_s = 0.0 if busy or self._pair.woken else min(wait_s, BLOCK_S)
-        block_ms = math.ceil(block_s * 1000)
-        pages = await self._pages(partitions, cursors, count, block_ms)
-        while self._sizes.unsure and any(len(entries) >= count for entries in pages.values()):
-            # It was small since nobody knew what would come: the same again, larger, or callers would get a few at a time.
-            self._sizes.seen(max(sum(map(len, fields)) for entries in pages.values() for _, fields in entries))
-            count = self._count(len(partitions), busy, limit, room)
-            pages = await self._pages(partitions, cursors, count, 0)
+        writer = await self._writer()
+        if not self._pages.under_way:
+            await self._gaps.look(writer, cursors)
+        try:
+            pages = await self._pages.read(cursors, limit, wait_s)
+        except BrokerDown:
+            if self._replaced:  # all that could come is lost with this life
+                return []
+            raise
         if pages and self._clock.monotonic() - self._beat_at > TRUST * self._subscription.lease_s:
             await self.beat()  # we may have been taken for dead
-        self._turns.read(partitions, [partition for partition, entries in pages.items() if len(entries) >= count])
         claims: list[Claim] = []
-        for partition, entries in pages.items():
-            claims += self._claims(partition, entries, cursors[partition])
+        for partition, page in pages.items():
+            claims += _claims(partition, page, cursors[partition].epoch)
         if claims:
-            self._sizes.seen(max([len(claim.stored.record.data) for claim in claims]))
+            self._pages.seen(max([len(claim.stored.record.data) for claim in claims]))
+            await self._read_ahead(cursors, pages, limit)
+        for partition, page in pages.items():
+            self._gaps.passed(partition, cursors[partition], page[-1][0].decode(), len(page))
         return claims
 
     def wake(self) -> None:
@@ -315,6 +291,12 @@ class RedisLedger:
             raise BrokerDown(f"{self.name} has come to its end, another life of this member goes on")
         return await self._pair.writer()
 
+    async def _read_ahead(self, cursors: Mapping[int, Cursor], pages: Mapping[int, Page], limit: int) -> None:
+        if self._gaps.due:
+            return
+        with suppress(BrokerError):  # the next read meets it too, and what was read is handled meanwhile
+            await self._pages.read_ahead(cursors, pages, limit)
+
     def _lost(self) -> LeaseLost:
         return LeaseLost(
             f"{self.name} is no member any more: it was silent for its lease, or this is another server now"
@@ -323,25 +305,6 @@ class RedisLedger:
     async def _bury(self, writer: Link, name: str) -> None:
         score = await writer.call("ZSCORE", self._place.live, name) or b""
         await writer.run(scripts["bury"], (self._place.fence(name), self._place.live), (name, score))
-
-    def _sweep(self) -> list[tuple[Any, ...]]:
-        # Now and then: say for people that somebody looked, and see whether the group is still there.
-        now = self._clock.monotonic()
-        if now < self._sweep_at:
-            return []
-        self._sweep_at = now + min(self._subscription.lease_s / 2, SWEEP_S)
-        field = f"seen:{self._place.group}"
-        seen = "HSET", self._place.at[0].meta, field, math.ceil(self.now_ms + self._ahead_ms)
-        return [seen, *(("XINFO", "GROUPS", at.log) for at in self._place.at)]
-
-    def _gone(self, replies: Sequence[Any]) -> set[int]:
-        # Where log or group is gone, what was read tells nothing about what will come: acquire anew.
-        name, gone = self._place.group.encode(), set()
-        for partition, reply in enumerate(replies):
-            missing = str(reply).startswith("ERR no such key") if isinstance(reply, ReplyError) else None
-            if missing or (missing is None and name not in {info[1] for info in reply}):
-                gone.add(partition)
-        return gone
 
     def _set_time(self, sent_ms: float, server_ms: int) -> None:
         least, most = server_ms - self._clock.now_ms() - 1, server_ms - sent_ms + 1
@@ -353,45 +316,6 @@ class RedisLedger:
     def _ours(self, score: bytes) -> float:
         at_ms = float(score)
         return at_ms if at_ms <= 0 or at_ms >= HELD_MS else at_ms - self._ahead_ms
-
-    def _lease(self, partition: int, fields: Sequence[bytes | None], first: Sequence[bytes]) -> Lease:
-        owner, epoch, want, heir = ((field or b"").decode() for field in fields)
-        return Lease(partition, owner, int(epoch or 0), want, heir, self._ours(first[1]) if first else _NEVER)
-
-    def _count(self, partitions: int, busy: int, limit: int, room: int) -> int:
-        page = max(PAGE, min(limit, MAX_EVENTS) // busy) if busy else MAX_EVENTS // partitions
-        return max(1, min(page, room, self._sizes.most // partitions))
-
-    async def _pages(
-        self, partitions: Sequence[int], cursors: Mapping[int, Cursor], count: int, block_ms: int
-    ) -> dict[int, Sequence[Any]]:
-        """Entries behind the cursors, by partition."""
-        try:
-            found = await self._pair.read(self._read_command(partitions, cursors, count, block_ms), block_ms / 1000)
-        except BrokerDown:
-            if self._replaced:  # all that could come is lost with this life
-                return {}
-            raise
-        if isinstance(found, ReplyError):
-            raise (await self._writer()).failure(found, "XREAD")
-        return {self._partition_of[log]: entries for log, entries in found or ()}
-
-    def _read_command(
-        self, partitions: Sequence[int], cursors: Mapping[int, Cursor], count: int, block_ms: int
-    ) -> bytes:
-        block = ("BLOCK", block_ms) if block_ms > 0 else ()
-        logs = [self._place.at[partition].log for partition in partitions]
-        ids = [cursors[partition].after or BEFORE_ALL for partition in partitions]
-        return pack("XREAD", "COUNT", count, *block, "STREAMS", *logs, *ids)
-
-    def _claims(self, partition: int, entries: Sequence[Any], cursor: Cursor) -> list[Claim]:
-        page = entry.read_page(partition, entries[: cursor.room])
-        if page:
-            self._gaps.passed(partition, cursor, page[-1][0], len(page))
-        return [
-            Claim(Stored(Position(partition, offset), record), 1, 0, 0, fault, cursor.epoch)
-            for offset, record, fault in page
-        ]
 
     async def _commit(self, writer: Link, commits: Sequence[Commit], targets: Targets | None) -> dict[int, Committed]:
         calls = [call(self._place, self.name, self._gaps.counted(commit), self._theirs, targets) for commit in commits]
@@ -449,3 +373,10 @@ class RedisLedger:
                 raise writer.failure(lease, "HMGET")
         ours = [[self.name.encode(), b"%d" % commit.epoch] for commit in commits]
         return [commit.partition for commit, lease, our in zip(commits, leases, ours, strict=True) if lease != our]
+
+
+def _claims(partition: int, page: Page, epoch: int) -> list[Claim]:
+    return [
+        Claim(Stored(Position(partition, offset), record), 1, 0, 0, fault, epoch)
+        for offset, record, fault in entry.read_page(partition, page)
+    ]

@@ -67,6 +67,11 @@ class Pair:
             self._reading, self._changed = None, asyncio.Event()
         return reply
 
+    async def post(self, command: bytes) -> Answers:
+        """Send a command that does not block, for its answers to be awaited later."""
+        reader = await self._usable("reader")
+        return await reader.post(command, 1)
+
     def wake(self) -> None:
         """End a read that waits, or let the next one not wait."""
         self._changed.set()
