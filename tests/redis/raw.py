@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+import pytest
 from hiredis import Reader, ReplyError, pack_command
 from msgspec.msgpack import encode as packb
 
 from millstream.brokers.redis.keys import Keys
 from millstream.brokers.redis.scripts import scripts
+from tests.servers import RedisServer
 
 TIMEOUT_S = 10.0
 
@@ -22,6 +24,28 @@ DEAD, STATS, META = KEYS.dead(0, GROUP), KEYS.stats(0, GROUP), KEYS.meta(0)
 LIVE, TICK = KEYS.live(GROUP), KEYS.tick(GROUP)
 LEASE, PARKED, PARKINFO = KEYS.lease(0, GROUP), KEYS.parked(0, GROUP), KEYS.parkinfo(0, GROUP)
 MAILS = Keys("", "mails", 2)
+
+
+@pytest.fixture
+def queue(server: RedisServer) -> Iterator[Raw]:
+    """A group without order, with the members `c` and `d`."""
+    with Raw(server.port) as redis:
+        redis.join()
+        redis.enter("c")
+        redis.enter("d")
+        yield redis
+        redis.do("CONFIG", "SET", "maxmemory", 0)
+
+
+@pytest.fixture
+def log(server: RedisServer) -> Iterator[Raw]:
+    """A group in the order of keys, with the members `a` and `b`."""
+    with Raw(server.port) as redis:
+        redis.found()
+        redis.enter("a")
+        redis.enter("b")
+        yield redis
+        redis.do("CONFIG", "SET", "maxmemory", 0)
 
 
 def fence(consumer: str) -> bytes:

@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.redis import brokers
+from tests.redis import brokers, raw
 from tests.redis.raw import DEAD, GROUP, LOG, MAILS, NOTE, PARKINFO, Raw, fence, mail
 from tests.redis.test_ordered_scripts import buried, everything, fill, granted, parked
-from tests.servers import RedisServer
 
 started = brokers.started
 server = brokers.server
-
-
-@pytest.fixture
-def redis(server: RedisServer) -> Iterator[Raw]:
-    with Raw(server.port) as redis:
-        redis.join()
-        redis.enter("c")
-        yield redis
-
-
-@pytest.fixture
-def ordered(server: RedisServer) -> Iterator[Raw]:
-    with Raw(server.port) as redis:
-        redis.found()
-        redis.enter("a")
-        redis.enter("b")
-        yield redis
-        redis.do("CONFIG", "SET", "maxmemory", 0)
+redis = raw.queue
+ordered = raw.log
 
 
 # With outcomes

@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from hiredis import ReplyError
 
-from tests.redis import brokers
+from tests.redis import brokers, raw
 from tests.redis.raw import DEAD, GROUP, LOG, NOTE, STATS, Raw, fence, mail, park
 from tests.redis.test_ordered_scripts import buried, event, everything, fill, granted, parked
 from tests.redis.test_redis_retention import trim
-from tests.servers import RedisServer
 
 started = brokers.started
 server = brokers.server
-
-
-@pytest.fixture
-def redis(server: RedisServer) -> Iterator[Raw]:
-    with Raw(server.port) as redis:
-        redis.join()
-        redis.enter("c")
-        redis.enter("d")
-        yield redis
-        redis.do("CONFIG", "SET", "maxmemory", 0)
-
-
-@pytest.fixture
-def ordered(server: RedisServer) -> Iterator[Raw]:
-    with Raw(server.port) as redis:
-        redis.found()
-        redis.enter("a")
-        yield redis
-        redis.do("CONFIG", "SET", "maxmemory", 0)
+redis = raw.queue
+ordered = raw.log
 
 
 def pack(redis: Raw, left: str = "") -> bytes:

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 
 from millstream.brokers.base import Claim
 from millstream.clock import Clock
+from millstream.handlers.subscriber import Group
+from millstream.settings import Settings
 
 MAX_AHEAD = 2_000  # events, without a setting and beyond twice what runs
 _PACE_S = 0.005
@@ -84,3 +86,14 @@ class ReadAhead:
     def _page(self) -> int:
         most = max(_MAX_PAGE if self._event_bytes else _FIRST_PAGE, self._batch_size)
         return max(1, min(self.limit // 2, most))  # half: a slow key may fill a page, and must leave room for others
+
+
+def concurrency(group: Group, settings: Settings) -> int:
+    """How many handlers of a group may run at once in a process."""
+    if group.concurrency is not None:
+        return group.concurrency
+    if group.batch is not None:
+        return 1  # batches in a row; a second one at a time is for whoever says so
+    if all(subscriber.signature.sync for subscriber in group.subscribers):
+        return settings.threads
+    return settings.concurrency

@@ -25,7 +25,7 @@ from millstream.errors import BrokerError
 from millstream.handlers.subscriber import Group
 from millstream.settings import Settings
 from millstream.telemetry import LOST, Telemetry
-from millstream.worker.ahead import ReadAhead
+from millstream.worker.ahead import ReadAhead, concurrency
 from millstream.worker.backoff import Backoff
 from millstream.worker.batches import BatchLanes
 from millstream.worker.call import Route
@@ -61,11 +61,10 @@ class Worker:
         self._gate = gate
         self._clock = clock
         self._telemetry = telemetry
-        self._concurrency = _concurrency(group, settings)
+        self._concurrency = concurrency(group, settings)
         batch_size = group.batch.size if group.batch is not None else 1
-        self._ahead = ReadAhead(
-            self._concurrency * batch_size, batch_size, settings.max_in_flight, clock, groups=groups
-        )
+        running = self._concurrency * batch_size
+        self._ahead = ReadAhead(running, batch_size, settings.max_in_flight, clock, groups=groups)
         self._lanes: Lanes | None = None
         self._runs = Runs(group, self._ahead, clock, telemetry, self._left)
         self._room = asyncio.Event()
@@ -193,13 +192,3 @@ class Worker:
         if kept.drain:
             self._asked |= kept.drain
             self._ask.set()
-
-
-def _concurrency(group: Group, settings: Settings) -> int:
-    if group.concurrency is not None:
-        return group.concurrency
-    if group.batch is not None:
-        return 1  # batches in a row; a second one at a time is for whoever says so
-    if all(subscriber.signature.sync for subscriber in group.subscribers):
-        return settings.threads
-    return settings.concurrency

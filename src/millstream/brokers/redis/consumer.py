@@ -13,7 +13,8 @@ comes back to a worker that still believes to hold it. The next life evicts its 
 
 Nothing here tries again by itself. A lost connection raises `BrokerDown`; the next call, whichever it is, repairs the
 links, kills the old ones on the server, and recovers what was delivered meanwhile. The caller sends the same again:
-an ack of an acked entry finds nothing, and all else is compared with owner and delivery count first.
+an ack that was not answered, and all else, is compared with owner and delivery count first. Somebody may have given the
+event back meanwhile, and it may even have come to us: then it waits until its former outcome is out of the way.
 
 A lone event is on its way for a quarter of a millisecond, of which the server and waking it up take 80 µs, a second write
 would take 30 to 60, each turn of the loop 15. So the handlers of a few events go before our next read is written, which
@@ -23,7 +24,7 @@ took a fifth off. Behind a full page the read goes first: the server gathers the
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -134,12 +135,13 @@ class RedisConsumer:
         outputs: when one of these is refused, `BrokerFull` is raised after all the others are settled. The outputs of one
         event are stored all together, or none of them and its outcome neither.
         """
-        results = [False] * len(settlements)
         if self._life is None:
-            return results
+            return [False] * len(settlements)
         life = await self._living()
+        results = life.stored(settlements)
         try:
             await self._settle_or_heal(life, settlements, results)
+            life.answered(settlements)
         except LeaseLost as error:
             self._complain(error)
         if life.fenced:
@@ -383,7 +385,8 @@ class RedisConsumer:
                     elif answer == b"MORE":
                         left.append((index, item))
                     elif isinstance(answer, int):
-                        results[index] = answer == 1
+                        # Nobody takes anything from a living member: what was acked, and is not ours, was ours then.
+                        results[index] = answer == 1 or Position(partition, item.offset) in life.doubted
                         life.held[partition].pop(item.offset, None)
                     else:
                         refused = _refusal(life, item, answer, targets)
@@ -394,7 +397,7 @@ class RedisConsumer:
         held = life.held[partition].items()
         items = [(index, Item("release", offset, abs(count))) for index, (offset, count) in enumerate(held)]
         await self._finish(life, {partition: items}, [False] * len(items))
-        life.surplus = deque(claim for claim in life.surplus if claim.stored.position.partition != partition)
+        life.let_go(partition)
 
     def _item(self, life: Incarnation, settlement: Settlement, count: int) -> Item:
         offset, outcome, more = settlement.position.offset, settlement.outcome, (settlement.outputs, settlement.letters)

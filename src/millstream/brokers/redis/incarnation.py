@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from millstream.brokers.base import Claim, Letter, OtherOrder, Output, Position, Stored, Subscription
+from millstream.brokers.base import Claim, Letter, OtherOrder, Output, Position, Settlement, Stored, Subscription
 from millstream.brokers.redis.acks import MAX_ACKS, Acks
 from millstream.brokers.redis.claims import again
 from millstream.brokers.redis.joining import confirm, join
@@ -82,6 +82,8 @@ class Incarnation:
         """Held, and not handed out yet: all that is claimed comes here first, so that no error or cancelling loses it."""
         self.due_ms = [_NEVER] * len(place.partitions)
         """When the first waiting entry of each partition is due, in the server's time."""
+        self.doubted: set[Position] = set()
+        """Those whose ack was not answered. It is not sent again as it was: who is asked then may not hold it any more."""
         self.full: list[int] = []
         """Partitions that had as many events as the last read asked of each, so they may have more."""
         self._broker = broker
@@ -94,6 +96,7 @@ class Incarnation:
         self._writer: Link | None = None
         self._passed = Passed(place)
         self._acks = Acks(place, name, self._nonce, lambda: self.writer)
+        self._returned: dict[Position, Claim] = {}
         self._reading: Answers | None = None
         self._blocked_until_ms = 0.0
         self._waiting = [0] * len(place.partitions)
@@ -178,7 +181,31 @@ class Incarnation:
         for held in self.held:
             held.clear()
         self.surplus.clear()
+        self.doubted.clear()
+        self._returned.clear()
         return positions
+
+    def let_go(self, partition: int) -> None:
+        """Forget what was not handed out yet of a partition: it was handed back."""
+        self.surplus = deque(claim for claim in self.surplus if claim.stored.position.partition != partition)
+        self._returned = {at: claim for at, claim in self._returned.items() if at.partition != partition}
+
+    def stored(self, settlements: Sequence[Settlement]) -> list[bool]:
+        """Which of these are known to be stored: the answer was lost, and the event came to us once more since."""
+        if not self._returned:
+            return [False] * len(settlements)
+        return [settlement.position in self._returned for settlement in settlements]
+
+    def answered(self, settlements: Iterable[Settlement]) -> None:
+        """Nothing of these will be sent again: what came once more since is handed out."""
+        if not (self.doubted or self._returned):
+            return
+        for settlement in settlements:
+            position = settlement.position
+            self.doubted.discard(position)
+            if (claim := self._returned.pop(position, None)) is not None:
+                self.held[position.partition].setdefault(position.offset, -claim.attempt)
+                self.surplus.append(claim)
 
     # Time.
 
@@ -303,9 +330,17 @@ class Incarnation:
     async def acknowledge(self, acks: Sequence[tuple[int, Sequence[str]]]) -> None:
         """Finish held deliveries, per partition; all of them, or none when it raises.
 
-        One write, one transaction: costs the server no more than XACK alone.
+        One write, one transaction: costs the server no more than XACK alone. But XACK asks nothing: what is sent again,
+        and may have been given back since, has to be compared with owner and count.
         """
-        self._miss(await self._acks.send(acks))
+        try:
+            self._miss(await self._acks.send(acks))
+        except BaseException:
+            for partition, offsets in acks:
+                held = self.held[partition]
+                held.update((offset, -abs(held[offset])) for offset in offsets if offset in held)
+                self.doubted.update(Position(partition, offset) for offset in offsets)
+            raise
 
     async def finish(self, partition: int, items: Sequence[Item], targets: Targets) -> list[Any]:
         """Up to `MAX_ITEMS` verdicts of any kind; the answer to each as in `settle.lua`."""
@@ -455,7 +490,10 @@ class Incarnation:
         held = self.held[partition]
         for id_, count, note, postponed, fields, *left in rows:
             offset = id_.decode()
-            if offset not in held:  # else it waits for its settlement to be sent again, which must show this count
-                self.surplus.append(again(partition, offset, count, note, postponed, fields, *left))
+            claim = again(partition, offset, count, note, postponed, fields, *left)
+            if offset in held:  # what is sent again of its former outcome must not become that of this claim
+                self._returned[claim.stored.position] = claim
+            else:
+                self.surplus.append(claim)
             held[offset] = -count if note or left or postponed != b"0" else count
         return len(rows), float(first) if first else _NEVER
