@@ -75,8 +75,10 @@ def test_an_event_too_large_to_share_travels_alone() -> None:
 
 def test_events_of_which_there_is_nothing_else_to_say_need_no_ids() -> None:
     datas = [b'{"n":%d}' % n for n in range(9)]
-    bundle = packer(partitions=8, events=4).plain("order.placed", datas)
-    assert bundle is not None and members(bundle) == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
+    pack = packer(partitions=8, events=4).plain("order.placed", datas)
+    assert pack is not None
+    bundle = pack()
+    assert members(bundle) == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
     assert [record.partition for record in bundle.records] == [partition_of(f"p{n}", 8) for n in range(3)]
     found = bundle.events()
     assert [event.data for event in found] == datas

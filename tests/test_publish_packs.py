@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -91,6 +92,45 @@ async def test_many_events_are_few_entries_and_each_has_a_position_and_an_id() -
         assert {(envelope.type, envelope.source, envelope.key) for envelope in found} == {
             ("order.placed", "shop", None)
         }
+
+
+async def test_the_loop_goes_on_while_the_packs_of_many_events_are_compressed(monkeypatch: pytest.MonkeyPatch) -> None:
+    others_went_on = threading.Event()
+    compress = compression.compress
+
+    def patient(*args: Any) -> bytes:
+        assert others_went_on.wait(10)
+        return compress(*args)
+
+    monkeypatch.setattr(compression, "compress", patient)
+    async with opened() as (app, broker, _):
+        events = [Placed(n=n) for n in range(5_000)]
+        many = asyncio.create_task(app.publish_many(events, to=packed))
+        await app.publish(Placed(), to=plain)
+        assert not broker.stored(packed)
+        others_went_on.set()
+        assert len(set(await many)) == 5_000
+        assert [envelope.event for envelope in await read(app, packed)] == events
+
+
+async def test_cancelling_while_packs_are_compressed_stores_nothing_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    cancelled = threading.Event()
+    compress = compression.compress
+
+    def patient(*args: Any) -> bytes:
+        assert cancelled.wait(10)
+        return compress(*args)
+
+    monkeypatch.setattr(compression, "compress", patient)
+    async with opened() as (app, _, _):
+        many = asyncio.create_task(app.publish_many([Placed(n=n) for n in range(5_000)], to=packed))
+        await app.publish(Placed(), to=plain)
+        many.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await many
+        cancelled.set()
+        await app.publish_many([Placed(n=n) for n in range(5)], to=packed)
+        assert [envelope.event.n for envelope in await read(app, packed)] == list(range(5))
 
 
 async def test_with_a_key_each_key_keeps_its_order_and_lies_in_its_partition() -> None:
@@ -324,6 +364,22 @@ async def publish_and_read(url: str) -> None:
         assert sorted(envelope.event.n for envelope in found) == list(range(1_500))
         info = {info.spec.name: info for info in await app.broker.admin.streams()}
         assert (info["packed"].events, info["keyed"].events) == (4, 3)
+
+
+async def test_reading_says_which_library_a_pack_needs_in_place_of_passing_it_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with opened() as (app, _, _):
+        await app.publish_many([Placed(n=n) for n in range(10)], to=packed)
+        monkeypatch.setitem(sys.modules, "zstandard", None)
+        compression.imported.cache_clear()
+        try:
+            with pytest.raises(NotSupported, match=r"pip install 'millstream\[zstd\]'"):
+                await read(app, packed)
+        finally:
+            monkeypatch.undo()
+            compression.imported.cache_clear()
+        assert len(await read(app, packed)) == 10
 
 
 async def test_packs_on_sqlite(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ def test_without_anything_the_defaults_hold() -> None:
     assert (settings.lease_s, settings.grace_s, settings.concurrency, settings.threads) == (10, 25, 64, 16)
     assert (settings.max_in_flight, settings.namespace) == (None, "")
     assert (settings.publish_patience_s, settings.max_buffered) == (2, 100_000)
+    assert settings.max_buffered_bytes == 67_108_864
 
 
 def test_the_environment_comes_before_the_defaults() -> None:
@@ -32,6 +33,7 @@ def test_the_environment_comes_before_the_defaults() -> None:
         "MILLSTREAM_MAX_PARKED": "50",
         "MILLSTREAM_PUBLISH_PATIENCE": "5s",
         "MILLSTREAM_MAX_BUFFERED": "500",
+        "MILLSTREAM_MAX_BUFFERED_SIZE": "2MB",
         "MILLSTREAM_NAMESPACE": "prod",
         "MILLSTREAM_SOMETHING_ELSE": "ignored",
         "CONCURRENCY": "9",
@@ -43,6 +45,7 @@ def test_the_environment_comes_before_the_defaults() -> None:
         max_parked=50,
         publish_patience="5s",
         max_buffered=500,
+        max_buffered_size="2MB",
         namespace="prod",
     )
     assert Settings.load(environment) == expected
@@ -84,6 +87,9 @@ def test_a_variable_that_is_no_number_is_named() -> None:
         {"publish_patience": -1},
         {"publish_patience": "2h"},
         {"max_buffered": 0},
+        {"max_buffered_size": 0},
+        {"max_buffered_size": "65GB"},
+        {"max_buffered_size": "much"},
         {"namespace": "a:b"},
     ],
 )

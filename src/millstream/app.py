@@ -203,7 +203,8 @@ class App(Router):
         """The events of a stream, without a group: for scripts, exports and notebooks.
 
         In the order of each partition, one partition after the other; `follow` goes on with what comes. `since` is a time,
-        or how long ago. Entries that are no events, and types that the stream does not name, are passed over.
+        or how long ago. Entries that are no events, and types that the stream does not name, are passed over. Raises
+        `NotSupported` for a pack that cannot be read without a library, with the way to install it.
         """
         async for page in self._open().pages(stream, since, follow):
             for envelope in page:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from millstream.errors import BadSetting
-from millstream.units import MAX_CONCURRENCY, MAX_PARKED, Duration, check_name, seconds
+from millstream.units import MAX_CONCURRENCY, MAX_PARKED, Duration, Size, check_name, seconds, size_bytes
 
 PREFIX = "MILLSTREAM_"
+MAX_BUFFERED_BYTES = 68_719_476_736  # more is a slip of the pen, not a buffer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,8 @@ class Settings:
     """How long publishing goes on trying when nothing was stored, or when the stream tells a repeat; 0: it tries once."""
     max_buffered: int = 100_000
     """Events of one stream that may wait to be written; past it, publishing waits its turn."""
+    max_buffered_size: Size = "64MB"
+    """The same in bytes of these events."""
     namespace: str = ""
     """Put before every key or table entry, so that several deployments share a server."""
 
@@ -69,6 +72,11 @@ class Settings:
         """The patience of publishing, in seconds."""
         return seconds(self.publish_patience)
 
+    @property
+    def max_buffered_bytes(self) -> int:
+        """What may wait to be written, in bytes."""
+        return size_bytes(self.max_buffered_size)
+
     @classmethod
     def load(cls, environment: Mapping[str, str] | None = None, **given: Any) -> Settings:
         """Settings from arguments, then the environment, then the defaults; `None` means "not given".
@@ -96,3 +104,5 @@ class Settings:
             raise BadSetting(f"publish_patience={self.publish_patience!r}: from 0 to 1h")
         if not 1 <= self.max_buffered <= 100_000_000:
             raise BadSetting(f"max_buffered={self.max_buffered!r}: from 1 to 100,000,000")
+        if not 1 <= self.max_buffered_bytes <= MAX_BUFFERED_BYTES:
+            raise BadSetting(f"max_buffered_size={self.max_buffered_size!r}: from 1B to 64GB")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 import zstandard
 
-from millstream.brokers.base import Dead, Done, Record, Settlement, StreamSpec, Subscription
+from millstream.brokers.base import Dead, Done, Later, Record, Settlement, StreamSpec, Subscription
+from millstream.brokers.ledger import HELD_MS
 from millstream.brokers.memory.broker import MemoryBroker
 from millstream.wire import packs
 from millstream.wire.packs import Columns
@@ -125,11 +127,48 @@ def test_replay_gives_a_pack_as_it_is(memory: MemoryBroker, project: Project) ->
 
     run(append)
     before = settled(memory, Done())
+    plan = project("replay", "orders", "--since", "today", "--to-group", "billing", "--plan")
+    assert "plan: orders/billing sees 5 events, from " in plan.stderr
     words = ("replay", "orders", "--since", "today", "--until", "2222-01-01", "--to-group", "billing", "--yes")
-    assert project(*words).stdout == "gave 3 events to orders/billing\n"
+    assert project(*words).stdout == "gave 5 events to orders/billing\n"
     assert settled(memory, Done()) == before and len(before) == 3
+    done = project(*words, "--from", "0@1")
+    assert done.stdout == "gave 3 events to orders/billing\n"
+    done = project(*words)
+    assert done.stdout == "gave 2 events to orders/billing\n"
+    assert "3 were left out: not settled yet" in done.stderr
     done = project(*words, "--from", "0@1.1")
     assert done.exit_code == 2 and "write partition@offset, as in 3@1693-0" in done.stderr
+
+
+def test_the_rate_of_a_replay_is_of_events(memory: MemoryBroker, project: Project) -> None:
+    async def append() -> None:
+        await memory.declare(SPEC)
+        await memory.append("orders", [pack(0, *range(n, n + 10)) for n in (1, 11, 21)])
+
+    run(append)
+    settled(memory, Done())
+    began = time.monotonic()
+    words = ("replay", "orders", "--since", "today", "--to-group", "billing", "--rate", "100", "--yes")
+    assert project(*words).stdout == "gave 30 events to orders/billing\n"
+    assert time.monotonic() - began >= 0.2
+
+
+def test_of_a_pack_that_waits_the_events_are_shown_that_are_left(memory: MemoryBroker, project: Project) -> None:
+    async def wait() -> None:
+        await memory.declare(SPEC)
+        await memory.append("orders", [pack(0, 1, 2, 3)])
+        consumer = await memory.subscribe(Subscription(SPEC, "billing", "shop", order=True))
+        (claim,) = await consumer.fetch(1, 0)
+        await consumer.settle([Settlement(claim.stored.position, Later(HELD_MS, "broken", left=(0, 2)))])
+        await consumer.close()
+
+    run(wait)
+    fields = json.loads(project("key", "show", "billing", "0@1", "-o", "json").stdout)
+    assert [(event["position"], event["data"]) for event in fields["waiting"]] == [
+        ("0@1.0", {"n": 1}),
+        ("0@1.2", {"n": 3}),
+    ]
 
 
 def test_a_dictionary_is_trained_from_the_newest_events_and_its_savings_are_told(

@@ -7,6 +7,7 @@ Where it lives, what it writes and how it is to die comes from the environment:
     FAULTS_DIE       POINT:N, to be killed by itself when it comes to that point for the N-th time
     FAULTS_ATTEMPTS  after so many an event is a dead letter
     FAULTS_SLOW      how many seconds a `slow` event takes here
+    FAULTS_PACK      so many events travel as one pack, at most
     FAULTS_MUTANT    the mistake that this process makes on purpose: `ack_first`, `no_fence`, `no_hand_back`, `deaf`
 """
 
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import millstream.app
-from millstream import App, Delivery, Envelope, Event, Retry, Stream
+from millstream import App, Delivery, Envelope, Event, Pack, Retry, Stream
 from millstream.brokers.base import Broker, Claim, Consumer, Done, Kept, Later, Position, Settlement, Subscription
 from millstream.brokers.urls import broker_for
 from millstream.errors import BrokerError, Unconfirmed
@@ -33,7 +34,8 @@ from tests.faults.journal import Pen
 
 GROUP = "work"
 ATTEMPTS = int(os.environ.get("FAULTS_ATTEMPTS", "10"))
-LANES = 16  # publications under way at once
+PACK = int(os.environ.get("FAULTS_PACK", "0"))
+LANES = max(16, 2 * PACK)  # publications under way at once
 
 POINTS = ("before", "inside", "after", "unsettled", "settled")
 
@@ -49,7 +51,8 @@ class Block(Event, type="block"):
     seconds: float = 0.0
 
 
-tasks = Stream("tasks", Task | Block, partitions=4)
+packed = Pack(events=PACK, linger="20ms", codec="none") if PACK else None
+tasks = Stream("tasks", Task | Block, partitions=4, pack=packed)
 shop = App("shop", streams=[tasks])
 
 

@@ -88,7 +88,7 @@ async def test_order_and_delivery_hold_while_connections_are_cut_and_members_thr
             return Cut(consumer, server, chance)
 
     place = Place(url=server.url, factory=CutBroker, settings=Settings(namespace=f"cut{next(NAMESPACES)}"))
-    async with trial(place, Traits(order=True)) as hands:
+    async with trial(place, Traits(order=True, packs=True)) as hands:
         chaos = Chaos(hands, seed)
         await chaos.run(300)
         await chaos.calm_down()

@@ -1,15 +1,17 @@
-"""What is packed before it is appended: the same bytes, never another stream's, and refused when it is its turn."""
+"""What is packed before it is appended, and what is posted: the same bytes, never another stream's, and no promise less."""
 
 from __future__ import annotations
+
+import asyncio
 
 import pytest
 
 from millstream.brokers.base import Policy, Position
-from millstream.brokers.preparing import Preparing
+from millstream.brokers.preparing import Posted, Posting, Preparing
 from millstream.brokers.redis import appending
 from millstream.brokers.redis.appending import Packed
 from millstream.brokers.redis.link import pack
-from millstream.errors import BrokerRefused
+from millstream.errors import BrokerFull, BrokerRefused, Unconfirmed
 from millstream.units import MAX_APPEND_RECORDS
 from millstream.wire import entry
 from millstream.wire.entry import Record
@@ -66,3 +68,72 @@ async def test_a_stream_that_has_come_to_remember_ids_does_so_for_what_was_packe
         assert broker.prepared("alerts", ready) is ready  # and there is nothing to be packed from then on
         assert await broker.append("alerts", ready) == first and all(isinstance(one, Position) for one in first)
         assert list((await everything(broker, "alerts")).values()) == first
+
+
+# Posted: on the way before anybody else runs.
+
+ONE = Record(0, "1", "alert", b"{}")
+
+
+async def answered(posted: Posted | None) -> Position:
+    assert posted is not None
+    come = asyncio.Event()
+    posted.then(come.set)
+    await come.wait()
+    return posted.result()
+
+
+async def test_what_is_posted_leaves_at_once_and_is_stored_as_if_it_were_appended(server: RedisServer) -> None:
+    async with opened(server.url, ORDERS) as broker:
+        assert isinstance(broker, Posting)
+        await broker.append("orders", before := records(4, partitions=4))
+        some = [Record(n % 4, f"p{n}", "order", b"{}", key="k" if n % 2 else None) for n in range(8)]
+        posted = [broker.post("orders", record) for record in some]
+        behind = await broker.append("orders", after := records(4, partitions=4))
+        positions = [await answered(one) for one in posted]
+        for partition in range(4):
+            stored = await broker.read("orders", partition, None, 10)
+            sent = [record for record in [*before, *some, *after] if record.partition == partition]
+            assert [(found.record.id, found.record.key) for found in stored] == [(one.id, one.key) for one in sent]
+            assert [found.position for found in stored[1:]] == [*positions[partition::4], behind[partition]]
+
+
+async def test_what_has_to_wait_or_ask_first_is_not_posted(server: RedisServer) -> None:
+    async with opened(server.url, ALERTS) as broker:
+        assert broker.post("alerts", ONE) is None  # nobody has connected yet
+        await broker.append("alerts", [ONE])
+        known, link = broker._streams["alerts"], await broker._publish.get()
+        assert broker.post("unknown", ONE) is None
+        assert broker.post("alerts", Record(1, "3", "alert", b"{}")) is None  # there is no such partition
+        assert broker.post("alerts", Record(0, "3", "alert", b"{}", due_ms=1)) is None
+        link.pause_writing()
+        assert broker.post("alerts", ONE) is None
+        link.resume_writing()
+        known.sure = False
+        assert broker.post("alerts", ONE) is None
+        known.sure, known._learnt_at = True, known._learnt_at - appending.RENEW_S
+        assert broker.post("alerts", ONE) is None
+        policy = appending.write_policy(Policy(dedupe_ms=60_000, dedupe_ids=100))
+        known.learn(policy, None, broker.clock.monotonic())
+        assert broker.post("alerts", ONE) is None
+        known.learn(appending.write_policy(Policy()), None, broker.clock.monotonic())
+        assert await answered(broker.post("alerts", ONE))
+        link.close()
+        assert broker.post("alerts", ONE) is None
+        assert len(await broker.read("alerts", 0, None, 10)) == 2
+
+
+async def test_a_posted_record_is_refused_or_in_doubt_as_an_appended_one(server: RedisServer) -> None:
+    async with opened(server.url, ALERTS) as broker:
+        await broker.append("alerts", [ONE])
+        run_in(server, "CONFIG", "SET", "maxmemory", "1")
+        try:
+            with pytest.raises(BrokerFull):
+                await answered(broker.post("alerts", ONE))
+        finally:
+            run_in(server, "CONFIG", "SET", "maxmemory", "0")
+        lost = broker.post("alerts", ONE)
+        (await broker._publish.get()).close()
+        with pytest.raises(Unconfirmed) as caught:
+            await answered(lost)
+        assert caught.value.results == [None]

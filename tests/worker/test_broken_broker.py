@@ -247,9 +247,9 @@ async def test_what_was_lost_is_cancelled_and_its_outputs_are_dropped() -> None:
     assert {stored.record.data for stored in outputs} == {b'{"n":2}'}
 
 
-async def take_all(faults: Faulty) -> None:
+async def take_all(faults: Faulty, stream: str = "orders") -> None:
     """Take everything away from its holders, as a living observer does when they are silent."""
-    group = faults.broker.logs["orders"].groups["billing"]
+    group = faults.broker.logs[stream].groups["billing"]
     assert isinstance(group, Group)
     holders = {pending.holder for pending in group.pending.values() if pending.holder is not None}
     for member in holders:

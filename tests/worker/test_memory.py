@@ -1,4 +1,4 @@
-"""A worker's memory: what was handled leaves nothing behind."""
+"""A worker's memory: what was handled leaves nothing behind, and large events are never held all at once."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ import pytest
 
 from millstream import App, Event, Settings, Stream
 from tests.servers import RedisServer
-from tests.worker.place import settled
+from tests.worker.place import settled, until
 
 ROUND = 5_000
 LEFT_BYTES = 16  # of an event, at most: a list of offsets alone would be 60
 PAGE = 1_000
+
+PICTURES = 160
+PICTURE_BYTES = 1_000_000
+MOST_BYTES = 90_000_000
 
 
 class Line(Event, type="line"):
@@ -31,7 +35,7 @@ loose = Stream("loose", Line)
 @pytest.fixture(params=["sqlite", "redis"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "sqlite":
-        yield f"sqlite:///{tmp_path}/lines.db"
+        yield f"sqlite:///{tmp_path}/lines.db?synchronous=normal"
     else:
         with RedisServer.start() as server:
             yield server.url
@@ -73,3 +77,21 @@ async def test_what_was_handled_leaves_nothing_behind(url: str, stream: Stream[A
         for _ in range(2):
             last = await lines.round()
     assert last - warm < 2 * ROUND * LEFT_BYTES, f"{(last - warm) / (2 * ROUND):.0f} bytes an event"
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("stream", [keyed, loose], ids=["ordered", "unordered"])
+async def test_a_backlog_of_large_events_is_handled_and_not_held_all_at_once(stream: Stream[Line], url: str) -> None:
+    app, handled = App("pictures", broker=url, streams=[stream], settings=Settings()), set[int]()
+    async with app:
+        for number in range(PICTURES):
+            await app.publish(Line(number=number, text="-" * PICTURE_BYTES), to=stream)
+
+    @app.subscriber(stream, "show")
+    async def show(event: Line) -> None:
+        handled.add(event.number)
+
+    tracemalloc.reset_peak()
+    async with app.worker():
+        await until(lambda: len(handled) == PICTURES)
+    assert tracemalloc.get_traced_memory()[1] < MOST_BYTES

@@ -159,7 +159,7 @@ class Admin(Protocol):
         ...
 
     async def parked(self, key: ParkedKey, limit: int = 100) -> list[Stored]:
-        """The events that wait of a key, in order."""
+        """The events that wait of a key, in order; of a pack those that are left of it, each at its own position."""
         ...
 
     async def release_keys(self, keys: Sequence[ParkedKey]) -> list[bool]:

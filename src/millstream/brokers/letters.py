@@ -1,14 +1,15 @@
-"""Letters: dead letters of events of a pack, and what is left of the pack where there is no room for them."""
+"""Letters: dead letters of events of a pack, and what is left of the pack where there is no room for them, or parked."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from msgspec.structs import replace
 
 from millstream.brokers.base import Later, Letter, Output, Position, Settlement, Stored
 from millstream.brokers.ledger import Bury, Delay, Effect, Park
-from millstream.wire.packs import part_of, part_offset
+from millstream.errors import WireError
+from millstream.wire.packs import is_pack, part_of, part_offset, read
 
 
 def buried(pack: Position, attempts: int, letters: Iterable[Letter]) -> list[Bury]:
@@ -35,6 +36,21 @@ def unburied(effects: Sequence[Effect]) -> tuple[Sequence[Output], Sequence[int]
     if not left or () in again:
         return (), ()
     return [effect for effect in effects if isinstance(effect, Output)], sorted(left)
+
+
+def waiting(parked: Iterable[tuple[Stored, Sequence[int]]]) -> Iterator[Stored]:
+    """The events that are parked: of a pack those that are left, each where it lies; one that cannot be read as it is."""
+    for stored, left in parked:
+        at = stored.position
+        try:
+            packed = read(stored.record, at.offset) if is_pack(stored.record) else None
+        except WireError:
+            packed = None
+        if packed is None:
+            yield stored
+            continue
+        for part in left or range(len(packed)):
+            yield Stored(Position(at.partition, packed.offset_of(part)), packed.record(part))
 
 
 def put_off(settlement: Settlement, at_ms: int) -> Settlement:

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import click
 
-from millstream.brokers.base import Broker, GroupInfo, Position, StreamInfo
+from millstream.brokers.base import Broker, GroupInfo, Position, Stored, StreamInfo
 from millstream.brokers.urls import mask
 from millstream.brokers.window import after
 from millstream.cli import place, show, target
 from millstream.cli.main import DONE, INTERRUPTED, Given, Mistake
 from millstream.clock import Clock
+from millstream.wire.packs import events_in, is_pack
 
 PAGE = 100  # events that are read, and given, at once
 MAX_PENDING = 10_000  # of the group: past it, what is given would only lie there, in the way of what fails
@@ -86,7 +88,7 @@ class Giving:
     async def _run(self, broker: Broker, group: GroupInfo, clock: Clock) -> int:
         begins, ends = await self._places(broker)
         events = await place.between(broker, self._wish.stream, begins, ends)
-        total, name = sum(events.counts.values()), self._wish.group
+        total, name = events.events, self._wish.group
         pace = f", at most {self._wish.rate:.15g} a second" if self._wish.rate else ""
         show.note(f"plan: {name} is given {events} once more{pace}; not those that it has not settled yet")
         place.tell_consumers(group)
@@ -127,19 +129,26 @@ class Giving:
         for partition, begin in begins.items():
             at = begin
             while page := await place.page(broker, wish.stream, partition, at, ends[partition], most):
-                await self._wait(broker, pace)
-                if pace.asked.is_set():
-                    return True
-                self._doubt = "; some events behind that place may have been given already"
-                self._count += await broker.admin.give(wish.stream, _bare(wish.group), page)
-                self._doubt = ""
-                self._seen += len(page)
-                self._until_look -= len(page)
-                if wish.rate:
-                    self._next_s = max(self._next_s, pace.clock.monotonic()) + len(page) / wish.rate
-                at = self._at = page[-1].position
-                pace.progress.show(self._seen)
+                for piece in _pieces(page):
+                    await self._wait(broker, pace)
+                    if pace.asked.is_set():
+                        return True
+                    await self._give_piece(broker, piece, pace)
+                at = page[-1].position
         return False
+
+    async def _give_piece(self, broker: Broker, piece: Sequence[Stored], pace: _Pace) -> None:
+        wish, events = self._wish, sum(events_in(stored.record) for stored in piece)
+        self._doubt = "; some events behind that place may have been given already"
+        given = await broker.admin.give(wish.stream, _bare(wish.group), piece)
+        self._doubt = ""
+        self._count += events if given == len(piece) else given
+        self._seen += events
+        self._until_look -= events
+        if wish.rate:
+            self._next_s = max(self._next_s, pace.clock.monotonic()) + events / wish.rate
+        self._at = piece[-1].position
+        pace.progress.show(self._seen)
 
     async def _wait(self, broker: Broker, pace: _Pace) -> None:
         """Until the rate and the group allow the next page, or somebody wants it to stop."""
@@ -183,6 +192,13 @@ class _Pace(NamedTuple):
     async def wait(self, seconds: float) -> None:
         if seconds > 0:
             await self.clock.wait(self.asked, seconds)
+
+
+def _pieces(page: Sequence[Stored]) -> Iterator[Sequence[Stored]]:
+    """What is given in one step: each pack by itself, so that its events are counted or left out together."""
+    for pack, stored in groupby(page, lambda stored: is_pack(stored.record)):
+        piece = list(stored)
+        yield from ([one] for one in piece) if pack else [piece]
 
 
 def _bare(name: str) -> str:

@@ -11,6 +11,7 @@ from millstream.brokers.base import Broker, GroupInfo, Position, Start, Stored
 from millstream.brokers.window import after as is_after
 from millstream.cli import show, target
 from millstream.cli.main import Mistake, Refused
+from millstream.wire.packs import events_in
 
 MAX_COUNTED = 100_000  # events that a plan reads to count them: it is to be there soon
 PAGE = 1_000
@@ -23,7 +24,9 @@ class Behind(NamedTuple):
 
     places: Mapping[int, Position | None]
     counts: Mapping[int, int]
-    """Events of each partition, as far as they were counted."""
+    """Entries of each partition, as far as they were counted: as lag and pending are."""
+    events: int
+    """All of them: of a pack each."""
     complete: bool
     """False: there are more."""
     first_ms: int | None
@@ -31,7 +34,7 @@ class Behind(NamedTuple):
 
     def __str__(self) -> str:
         """How many, from when to when."""
-        words = ("" if self.complete else "more than ") + show.many(sum(self.counts.values()), "event")
+        words = ("" if self.complete else "more than ") + show.many(self.events, "event")
         if self.first_ms is None:
             return words
         until = f" to {show.moment(self.last_ms)}" if self.complete else " on"
@@ -62,17 +65,18 @@ async def between(
     """Count the events behind these places, up to these ends, or to those of the partitions."""
     most = max(PAGE, MAX_COUNTED // len(places))
     counts = dict.fromkeys(places, 0)
-    complete, times = True, list[int]()
+    complete, times, events = True, list[int](), 0
     for partition, after in places.items():
         end = ends[partition] if ends is not None else NEVER
         while found := await page(broker, stream, partition, after, end, PAGE):
             counts[partition] += len(found)
+            events += sum(events_in(stored.record) for stored in found)
             times += found[0].record.time_ms, found[-1].record.time_ms
             after = found[-1].position
             if counts[partition] >= most:
                 complete = False
                 break
-    return Behind(places, counts, complete, min(times, default=None), max(times, default=None))
+    return Behind(places, counts, events, complete, min(times, default=None), max(times, default=None))
 
 
 async def page(

@@ -11,6 +11,7 @@ caller when a write fails, so of that no more is taken than the next write needs
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -36,6 +37,15 @@ class Chunk(NamedTuple):
     events: Sequence[Any]
     bundle: Bundle | None = None
     """How the events became the records, where one of these may be a pack; else each is one."""
+    packing: asyncio.Future[Bundle] | None = None
+    """A thread makes bundle and records at this moment."""
+
+    async def packed(self) -> Chunk:
+        """The same, with its records."""
+        if self.packing is None:
+            return self
+        bundle = await self.packing
+        return Chunk(self.stream, bundle.records, self.events, bundle)
 
 
 class Ahead(Generic[T]):
@@ -74,19 +84,27 @@ def chunks(records: Records, events: Iterable[Any], to: Stream[Any] | None) -> I
     assert isinstance(events, Sequence)
     for start in range(0, len(events), first.most):
         run = events[start : start + first.most]
-        plain = _plain(records, run, to)
+        plain = _plain(records, run, to, beside=len(events) > len(run))
         yield from _one_by_one(records, run, to) if plain is None else (plain,)
 
 
-def _plain(records: Records, run: Sequence[Any], to: Stream[Any] | None) -> Chunk | None:
-    """A run of events that become packs as they are: of one class, without keys and envelopes."""
+def _plain(records: Records, run: Sequence[Any], to: Stream[Any] | None, *, beside: bool) -> Chunk | None:
+    """A run of events that become packs as they are: of one class, without keys and envelopes.
+
+    `beside`: there are more, so a thread packs these while the next ones are encoded, and those before them written.
+    """
     route = records.route(run[0], to)
     if route.packer is None or route.stream.key is not None or isinstance(run[0], Envelope):
         return None
     if set(map(type, run)) != {type(run[0])}:
         return None
-    bundle = route.packer.plain(route.type, list(map(route.encode, run)))
-    return None if bundle is None else Chunk(route.stream, bundle.records, run, bundle)
+    pack = route.packer.plain(route.type, list(map(route.encode, run)))
+    if pack is None:
+        return None
+    if beside:
+        return Chunk(route.stream, (), run, packing=asyncio.get_running_loop().run_in_executor(None, pack))
+    bundle = pack()
+    return Chunk(route.stream, bundle.records, run, bundle)
 
 
 def _one_by_one(records: Records, events: Iterable[Any], to: Stream[Any] | None) -> Iterator[Chunk]:

@@ -13,7 +13,7 @@ from millstream.clock import Clock
 from millstream.delivery import Envelope
 from millstream.errors import BadEvent, WireError
 from millstream.publisher.publisher import Publisher
-from millstream.publisher.unpacking import unpacked
+from millstream.publisher.unpacking import check_readable, unpacked
 from millstream.stream import Stream
 from millstream.telemetry import Telemetry
 from millstream.units import Duration, seconds
@@ -70,6 +70,7 @@ class Client:
         while True:
             for partition, place in places.items():
                 while page := await self.broker.read(stream.name, partition, place, _PAGE):
+                    check_readable(page)
                     found = (_envelope(stored.record, decoders) for stored in unpacked(page))
                     if envelopes := [envelope for envelope in found if envelope is not None]:
                         yield envelopes

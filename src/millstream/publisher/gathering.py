@@ -42,6 +42,7 @@ class Gathering(Writer):
         super().__init__(
             stream, confirm, policy, recorded, broker=broker, settings=settings, clock=clock, telemetry=telemetry
         )
+        self._posting = None  # one that lingers does not leave at once
         self._packer = packer
         self._linger_s = packer.linger_s if settings.publish_patience_s else 0.0
         self._full = asyncio.Event()

@@ -1,7 +1,7 @@
 """Publisher: an envelope becomes a record (id, key, partition, bytes), and records become few large writes.
 
 Each stream has one writer. While a write of its is under way, everything that others publish waits in a list and leaves as
-the next one: a thousand `await publish()` at once cost two writes, a lone one goes out at once.
+the next one: a thousand `await publish()` at once cost three writes, a lone one goes out at once.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ class Publisher:
         writer = self._writers.get((route.stream.name, confirm or route.stream.confirm))
         if writer is None:
             writer = await self._new_writer(route.stream, confirm)
-        record = route.record(event)
+        if writer.is_full:
+            await writer.room()
+        record = route.record(event)  # not before: those in line hold no bytes
         try:
             return await writer.append(record, since_s)
         except Unconfirmed as error:
@@ -106,7 +108,7 @@ class Publisher:
                 for chunk in ahead:
                     looking = asyncio.get_running_loop().call_soon(ahead.look)  # the bytes of this one leave before
                     try:
-                        positions += await self._append(chunk, confirm, positions)
+                        positions += await self._append(await chunk.packed(), confirm, positions)
                     finally:
                         looking.cancel()
         except (BadEvent, TooLarge, Unroutable) as error:
@@ -144,7 +146,7 @@ class Publisher:
         return Output(name, record, record.id == id_)
 
     def _prepared(self, chunk: Chunk) -> Chunk:
-        if self._preparing is None:
+        if self._preparing is None or chunk.packing is not None:
             return chunk
         return chunk._replace(records=self._preparing.prepared(chunk.stream.name, chunk.records))
 

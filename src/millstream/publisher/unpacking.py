@@ -18,6 +18,13 @@ def unpacked(page: Iterable[Stored]) -> Iterator[Stored]:
             yield stored
 
 
+def check_readable(page: Iterable[Stored]) -> None:
+    """Raise `NotSupported` for a pack that needs a library which is not installed: its events would be missing."""
+    for stored in page:
+        if packs.is_pack(stored.record) and (lacking := packs.lacking(stored.record)):
+            raise lacking
+
+
 def _events(stored: Stored) -> Iterator[Stored]:
     at, record = stored.position, stored.record
     try:

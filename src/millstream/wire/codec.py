@@ -40,7 +40,7 @@ def encoder(cls: type, codec: Codec = JSON) -> Callable[[Any], bytes]:
 
 def decoder(cls: type, codec: Codec = JSON) -> Callable[[bytes], Any]:
     """A function that turns bytes into an event of this class, or raises `WireError` that names the field."""
-    decode = _decoder(cls, codec)
+    decode = unchecked_decoder(cls, codec)
 
     def checked(data: bytes) -> Any:
         if len(data) > MAX_EVENT_BYTES:
@@ -48,12 +48,18 @@ def decoder(cls: type, codec: Codec = JSON) -> Callable[[bytes], Any]:
         try:
             return decode(data)
         except Exception as error:  # whatever a field's own type or validator raises: the bytes are not this event
-            raise WireError(f"{cls.__name__}: {_one_line(error)}") from None
+            raise WireError(reason(cls, error)) from None
 
     return checked
 
 
-def _decoder(cls: type, codec: Codec) -> Callable[[bytes], Any]:
+def reason(cls: type, error: Exception) -> str:
+    """Why bytes are no event of this class, from what its decoder raised: one line that names the field."""
+    return f"{cls.__name__}: {_one_line(error)}"
+
+
+def unchecked_decoder(cls: type, codec: Codec = JSON) -> Callable[[bytes], Any]:
+    """The same for bytes whose number was looked at before; it raises whatever a field's own type or validator does."""
     validate: Callable[[bytes], Any] | None = getattr(cls, "model_validate_json", None)
     if validate is None:
         return msgspec.json.Decoder(cls).decode if codec == JSON else msgspec.msgpack.Decoder(cls).decode

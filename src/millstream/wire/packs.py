@@ -172,6 +172,16 @@ def is_pack(record: Record) -> bool:
     return record.type == TYPE
 
 
+def events_in(record: Record) -> int:
+    """How many events a record is: of a pack what it says itself, without a look at them."""
+    if not is_pack(record):
+        return 1
+    try:
+        return max(1, _number(_form(record.headers)))
+    except msgspec.MsgspecError:
+        return 1
+
+
 def read(pack: Record, offset: str, dictionaries: Dictionaries = NO_DICTIONARIES) -> Packed:
     """The events of a record that `is_pack`, and where it lies.
 
@@ -182,7 +192,7 @@ def read(pack: Record, offset: str, dictionaries: Dictionaries = NO_DICTIONARIES
         version, _, how = form.pack.partition("/")
         if version != _VERSION:
             raise WireError(f"version {version[:20]!r}: a newer Millstream may read it")
-        n = int(form.n) if _is_number(form.n) and len(form.n) <= len(str(MAX_PACK_EVENTS)) else 0
+        n = _number(form)
         if not 0 < n <= MAX_PACK_EVENTS:
             raise WireError(f"it has to hold from 1 to {MAX_PACK_EVENTS:,} events")
         columns = _decode(compression.decompress(pack.data, how, MAX_PACK_BYTES, dictionaries))
@@ -236,6 +246,10 @@ def _check(pack: Record, columns: Columns, n: int) -> None:
         raise WireError("its id, or the type or id of an event, is over its limit")
     if not (all(columns.types) if isinstance(columns.types, list) else columns.types):
         raise WireError("an event lacks its type")
+
+
+def _number(form: _Form) -> int:
+    return int(form.n) if _is_number(form.n) and len(form.n) <= len(str(MAX_PACK_EVENTS)) else 0
 
 
 def _is_number(text: str) -> bool:

@@ -65,6 +65,8 @@ class Route:
         self._event, self._delivery = signature.event, signature.delivery
         self.decode = {name: codec.decoder(cls, subscriber.stream.codec) for name, cls in signature.types.items()}
         """Of each wire type: bytes become an event. Raises `WireError`."""
+        self.decode_part = {n: codec.unchecked_decoder(c, subscriber.stream.codec) for n, c in signature.types.items()}
+        """The same for an event of a pack, whose size is known. Raises what `codec.reason` explains."""
         self.plan = Plan(signature.depends, shop.replace, where=signature.where, batch=signature.batch)
         handler = subscriber.handler
         self._handler: Callable[..., Awaitable[None]] = _threaded(handler, shop.threads) if signature.sync else handler
@@ -89,6 +91,10 @@ class Route:
         inject_one = self._inject
         handle = _composed(subscriber, lambda call: inject_one(call.deliveries[0]))
         return (lambda given: handle(Call((given,), subscriber))) if subscriber.middleware else inject_one
+
+    def undecodable(self, type_: str, error: Exception) -> Undecodable:
+        """What `decode_part` raised."""
+        return Undecodable(codec.reason(self.subscriber.signature.types[type_], error))
 
     async def call(self, claim: Claim) -> None:
         """Decode an event and call the handler with it: all that a listener does, which settles nothing."""

@@ -31,7 +31,7 @@ from millstream.worker.gate import Gate
 from millstream.worker.keeper import Keeper
 from millstream.worker.lane import Cause, Lane, sweep
 from millstream.worker.order import KeyOrder
-from millstream.worker.runs import Run, Runs, through
+from millstream.worker.runs import Run, Runs
 
 BEHIND = Later(0, "", counted=False)
 _TURN_S = 0.005  # a lane that never suspends lets all else run this often
@@ -185,28 +185,44 @@ class Lanes:
 
     async def _through(self, lane: Lane, route: Route, run: Run) -> None:
         """Handle events of a pack, which stays at the head of the queue: more lanes take of it when we suspend."""
-
-        def failed(part: int, error: BaseException) -> None:
-            lane.claims = (self._runs.part(run, part),)
-            self._failed(lane, route, error)
-            lane.claims = (run.claim,)
-
-        self._runs.offer(run, self._queue)
+        claim, parts, datas, done = run.claim, run.parts, run.packed.columns.datas, run.open.discard
+        decode, invoke = route.decode_part[run.type], route.invoke
+        queue, gate, monotonic = self._queue, self._gate, self._monotonic
+        assert lane.task is not None
+        cancelling = lane.task.cancelling
+        self._runs.offer(run, queue)
         self.wake()
-        self._gate.running += 1
+        gate.running += 1
+        lane.claims, lane.type = (claim,), run.type
         try:
-            await through(run, lane, route, self._may_go_on, failed)
+            while parts:
+                lane.part = part = parts.popleft()
+                try:
+                    event = decode(datas[part])
+                except Exception as error:
+                    self._part_failed(lane, route, run, route.undecodable(run.type, error))
+                    continue
+                try:
+                    await invoke(event)
+                except BaseException as error:
+                    self._part_failed(lane, route, run, error)
+                else:
+                    done(part)
+                gate.passed += 1
+                if cancelling() or self._stopping or gate.closed or monotonic() >= self._until:
+                    break
+                if not queue or queue[0] is not claim:
+                    break
         finally:
-            self._runs.look(run, self._queue)
-            self._gate.leave()
+            self._runs.look(run, queue)
+            gate.leave()
             self._free(lane)
         self._starts = 0  # the settler has the next turn: nobody may begin many packs before one is settled
 
-    def _may_go_on(self, claim: Claim) -> bool:
-        self._gate.passed += 1
-        if self._stopping or self._gate.closed or self._monotonic() >= self._until:
-            return False
-        return bool(self._queue) and self._queue[0] is claim
+    def _part_failed(self, lane: Lane, route: Route, run: Run, error: BaseException) -> None:
+        lane.claims = (self._runs.part(run, lane.part),)
+        self._failed(lane, route, error)
+        lane.claims = (run.claim,)
 
     async def _handle(self, lane: Lane, route: Route, claim: Claim) -> None:
         """Handle a claim, and those behind it that the same handler may have without waiting, or noting, first."""

@@ -26,8 +26,6 @@ from millstream.telemetry import BROKER_ERROR, DEAD, Telemetry
 from millstream.wire import packs
 from millstream.wire.packs import Packed
 from millstream.worker.ahead import ReadAhead
-from millstream.worker.call import Route, Undecodable
-from millstream.worker.lane import Lane
 from millstream.worker.order import KeyOrder
 
 _CLOSED = Later(0, "", counted=False)
@@ -272,36 +270,6 @@ class Runs:
             DEAD, group=self._group, position=position, attempt=attempt, reason=reason, error=error, exception=None
         )
         return Dead(reason, error)
-
-
-async def through(
-    run: Run,
-    lane: Lane,
-    route: Route,
-    may_go_on: Callable[[Claim], bool],
-    failed: Callable[[int, BaseException], None],
-) -> None:
-    """Call a handler with one event after the other that nobody has begun, as long as nothing needs to be waited for."""
-    claim, parts, datas, done = run.claim, run.parts, run.packed.columns.datas, run.open.discard
-    decode, invoke = route.decode[run.type], route.invoke
-    assert lane.task is not None
-    cancelling = lane.task.cancelling
-    lane.claims, lane.type = (claim,), run.type
-    while parts:
-        lane.part = part = parts.popleft()
-        try:
-            event = decode(datas[part])
-        except WireError as error:
-            failed(part, Undecodable(str(error)))
-            continue
-        try:
-            await invoke(event)
-        except BaseException as error:
-            failed(part, error)
-        else:
-            done(part)
-        if cancelling() or not may_go_on(claim):
-            break
 
 
 def _sooner(one: Later, other: Later) -> Later:

@@ -69,7 +69,7 @@ class MemoryAdmin:
     async def parked(self, key: ParkedKey, limit: int = 100) -> list[Stored]:
         """The events that wait of a key, in order."""
         found = self._ordered(key.stream, key.group)
-        return found.parked(key)[:limit] if found else []
+        return found.parked(key, limit) if found else []
 
     async def release_keys(self, keys: Sequence[ParkedKey]) -> list[bool]:
         """Let keys be tried at once, attempts counted anew."""

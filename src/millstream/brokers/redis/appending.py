@@ -13,16 +13,17 @@ moment could refuse an event and store the next one of its key. The script takes
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 from hiredis import ReplyError
 
 from millstream.brokers.base import Policy, Position, Slot, StreamSpec
+from millstream.brokers.preparing import Posted
 from millstream.brokers.redis.confirming import MEMORY, Level
 from millstream.brokers.redis.keys import Keys
-from millstream.brokers.redis.link import Argument, Link, broker_error, pack
+from millstream.brokers.redis.link import Answers, Argument, Link, broker_error, pack
 from millstream.brokers.redis.scripts import scripts
 from millstream.errors import BrokerDown, BrokerError, BrokerFull, BrokerRefused, Unconfirmed
 from millstream.units import MAX_APPEND_BYTES, MAX_APPEND_RECORDS
@@ -83,9 +84,13 @@ class Known:
             )
         return self.keys.log(partition)
 
+    def is_fresh(self, now: float) -> bool:
+        """True while nobody has to ask what holds for the stream."""
+        return now - self._learnt_at < RENEW_S
+
     async def fresh(self, link: Link, now: float) -> None:
         """Learn what holds for the stream, when that was long ago: while it is in use, beside other commands."""
-        if now - self._learnt_at < RENEW_S:
+        if self.is_fresh(now):
             return
         if now - self._learnt_at >= LEARN_S:
             self._learn(await link.send(self._ask, 1), now)
@@ -200,6 +205,18 @@ async def append(link: Link, known: Known, records: Sequence[Record], level: Lev
         return results  # type: ignore[return-value]  # without trouble there are only positions
     results += [trouble] * (len(records) - len(results))
     raise _verdict(known.spec.name, results, trouble)
+
+
+def post(link: Link, known: Known, record: Record) -> Posted | None:
+    """Send a record of a stream that asks for nothing, unless others are in line; see `Posting`."""
+    if not known.plain or record.due_ms is not None:
+        return None
+    try:
+        _, (command,) = known.chunk((record,), 0)
+    except BrokerRefused:  # `append` says so
+        return None
+    answers = link.post_now(command, 1)
+    return None if answers is None else _Posted(link, known, record, answers)
 
 
 async def append_slot(link: Link, known: Known, slot: Slot, record: Record | None) -> bool:
@@ -348,6 +365,25 @@ async def _call(
     link: Link, command: str, script: Argument, calls: Sequence[Sequence[Argument]], level: Level
 ) -> _Answer:
     return await _exchange(link, b"".join([pack(command, script, *call) for call in calls]), len(calls), level)
+
+
+class _Posted(NamedTuple):
+    link: Link
+    known: Known
+    record: Record
+    answers: Answers
+
+    def then(self, call: Callable[[], object]) -> None:
+        self.answers.then(call)
+
+    def result(self) -> Position:
+        try:
+            (reply,) = self.answers.result()
+        except BrokerDown as error:
+            raise _verdict(self.known.spec.name, [None], error) from error
+        if isinstance(reply, ReplyError):
+            raise self.link.failure(reply, "XADD")
+        return Position(self.record.partition, reply.decode())
 
 
 async def _exchange(link: Link, packed: bytes, wanted: int, level: Level) -> _Answer:

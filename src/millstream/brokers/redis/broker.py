@@ -33,6 +33,7 @@ from millstream.brokers.base import (
 )
 from millstream.brokers.budget import Budget
 from millstream.brokers.ordered import OrderedConsumer
+from millstream.brokers.preparing import Posted
 from millstream.brokers.redis import appending, control
 from millstream.brokers.redis.admin import RedisAdmin
 from millstream.brokers.redis.appending import Known, read_policy, write_policy
@@ -179,6 +180,13 @@ class RedisBroker:
         """The records with what `append` sends for them, if the stream is known and asks for nothing."""
         known = self._streams.get(stream)
         return appending.prepared(known, records) if known is not None and known.plain else records
+
+    def post(self, stream: str, record: Record) -> Posted | None:
+        """Send a record now, where all that `append` would look up is at hand and the link has room."""
+        link, known = self._publish.link, self._streams.get(stream)
+        if link is None or known is None or not (known.sure and known.is_fresh(self.clock.monotonic())):
+            return None
+        return appending.post(link, known, record)
 
     async def append_slot(self, stream: str, slot: Slot, record: Record | None) -> bool:
         """Store the event of one slot of a schedule, and that it was, in one step."""
@@ -383,6 +391,11 @@ class _SharedLink:
         self._turn = asyncio.Lock()
         self._failures = 0
         self._error: BrokerError | None = None
+
+    @property
+    def link(self) -> Link | None:
+        """The link, while there is one."""
+        return None if self._link is None or self._link.closed else self._link
 
     async def get(self) -> Link:
         if self._link is not None and not self._link.closed:

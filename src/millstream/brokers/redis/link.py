@@ -117,6 +117,10 @@ class Answers:
 
     def __await__(self) -> Generator[Any, None, list[Any]]:
         yield from self._future.__await__()
+        return self.result()
+
+    def result(self) -> list[Any]:
+        """As awaiting gives or raises, when all have come or no more will."""
         if self._error is not None:
             raise type(self._error)(str(self._error)) from self._error
         return self.got
@@ -234,7 +238,7 @@ class Link(asyncio.Protocol):
 
         Raises `BrokerDown` when nothing was sent; afterwards only `Answers` knows.
         """
-        if not (self._paused or self._in_line or len(self._waiting) >= MAX_UNANSWERED):
+        if not self._is_full:
             return self._write(packed, replies, deadline_s)
         self._in_line += 1
         try:
@@ -246,6 +250,10 @@ class Link(asyncio.Protocol):
         finally:
             self._in_line -= 1
 
+    def post_now(self, packed: bytes, replies: int) -> Answers | None:
+        """As `post`, without waiting in line; None where it would: nothing was sent."""
+        return None if self._is_full else self._write(packed, replies, DEADLINE_S)
+
     def failure(self, reply: Exception, doing: str) -> BrokerError:
         """The error that an error answer of this server means."""
         return broker_error(reply, f"{doing} on {self.target.where}")
@@ -253,6 +261,10 @@ class Link(asyncio.Protocol):
     def close(self) -> None:
         """Give the connection up; calls that still wait get `BrokerDown`."""
         self._end(BrokerDown(f"the connection to {self.target.where} was closed"))
+
+    @property
+    def _is_full(self) -> bool:
+        return self._paused or self._in_line > 0 or len(self._waiting) >= MAX_UNANSWERED
 
     async def _reach(self) -> None:
         loop, target = asyncio.get_running_loop(), self.target

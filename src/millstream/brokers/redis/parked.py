@@ -38,6 +38,11 @@ def decode(partition: int, parked: bytes) -> tuple[Stored, str]:
         return Stored(position, Record(partition, str(position), "", preview, None, stored_ms)), str(error)
 
 
+def waiting(partition: int, parked: bytes) -> tuple[Stored, Sequence[int]]:
+    """The event, and what is left of it if it is a pack."""
+    return decode(partition, parked)[0], parts.numbers(_split(parked)[1])
+
+
 def claim(partition: int, head: Sequence[bytes | int], token: int) -> Claim:
     """The claim of a head as `heads.lua` hands it out: key, event, attempts, postponed, crashes."""
     _, parked, attempts, postponed, crashes = head

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from millstream.brokers import window
 from millstream.brokers.base import ParkedKey, PendingInfo, Position, Start, Stored, Subscription
 from millstream.brokers.ledger import HELD_MS
+from millstream.brokers.letters import waiting
 from millstream.brokers.redis import parked
 from millstream.brokers.redis.link import ReplyError
 from millstream.brokers.redis.members import MAX_ITEMS, Place, behind
@@ -76,7 +77,7 @@ class People:
             return []
         link = await self._broker.control()
         events = await link.call("LRANGE", place.park(key.partition, key.key), 0, limit - 1)
-        return [parked.decode(key.partition, event)[0] for event in events]
+        return list(islice(waiting(parked.waiting(key.partition, event) for event in events), limit))
 
     async def pending(self, place: Place, limit: int) -> list[PendingInfo]:
         """The oldest parked events of each partition."""

@@ -9,11 +9,13 @@ for all that he does.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import islice
 from sqlite3 import Connection
 from typing import NamedTuple
 
 from millstream.brokers.base import Claim, Stored
 from millstream.brokers.ledger import Delay, Head, Heads, Park, Pop
+from millstream.brokers.letters import waiting
 from millstream.brokers.sqlite import log
 from millstream.units import MAX_ERROR_CHARS
 from millstream.wire.packs import part_of
@@ -112,7 +114,7 @@ def heads(db: Connection, part: Part, busy: Collection[str], limit: int, now_ms:
 
 def events(db: Connection, part: Part, key: str, limit: int) -> list[Stored]:
     """The first events of a key, in order."""
-    return [stored for stored, _ in _events(db, part, key, limit)]
+    return list(islice(waiting(_events(db, part, key, limit)), limit))
 
 
 def places(db: Connection, part: Part, key: str) -> set[tuple[int, int | None]]:

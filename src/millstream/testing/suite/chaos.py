@@ -1,5 +1,5 @@
 """Members of an ordered group that publish, handle, fail, crash, come, leave and wake up too late, by chance; and people who
-release keys that wait, and send the group back to its beginning.
+release keys that wait, and send the group back to its beginning. Some events travel in packs, which may end in part.
 
 What must hold at the end: of every key the events were handled in their order, each at least once. What must hold at every
 step: an outcome is accepted only while nobody else has been given the event.
@@ -11,9 +11,13 @@ import random  # noqa: TID251 - a plan that a seed repeats
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 
-from millstream.brokers.base import Claim, Consumer, Done, Kept, Later, Position, Settlement
+from msgspec.structs import replace
+
+from millstream.brokers.base import Claim, Consumer, Done, Kept, Later, Position, Record, Settlement, Stored
 from millstream.errors import LeaseLost
+from millstream.testing.suite.packs import events_of, new_pack
 from millstream.testing.suite.trial import PARTED, Trial
+from millstream.wire.packs import part_of
 
 GROUP = "billing"
 KEYS = "abcde"
@@ -72,16 +76,21 @@ class Chaos:
         newest = self._tokens[claim.stored.position]
         assert claim.token >= newest, f"{claim} was settled although somebody else has it with token {newest}"
 
-    def finish(self, key: str, position: Position) -> None:
-        """A handler came to its end."""
-        if position not in self.first_done[key]:
-            self.first_done[key].append(position)
+    def finish(self, key: str, events: Sequence[Position]) -> None:
+        """A handler came to its end with each of these."""
+        self.first_done[key] += [position for position in events if position not in self.first_done[key]]
 
     async def _publish(self) -> None:
         keys, partition = self.chance.choices(KEYS, k=self.chance.randint(1, 8)), self.chance.randrange(3)
-        records = [self.trial.record(partition=partition, key=key) for key in keys]
-        for key, position in zip(keys, await self.trial.broker.append(PARTED.name, records), strict=True):
-            self.published[f"{partition}{key}"].append(position)
+        records = [self._record(partition, key) for key in keys]
+        positions = await self.trial.broker.append(PARTED.name, records)
+        for key, record, position in zip(keys, records, positions, strict=True):
+            self.published[f"{partition}{key}"] += events_of(Claim(Stored(position, record), 1))
+
+    def _record(self, partition: int, key: str) -> Record:
+        if self.trial.broker.traits.packs and self.chance.random() < 0.3:
+            return replace(new_pack(self.trial, key), partition=partition)
+        return self.trial.record(partition=partition, key=key)
 
     async def _join(self) -> None:
         if len(self._actors) + 1 in MEMBERS:
@@ -144,7 +153,7 @@ class Actor:
         """Come to an end long after falling silent: it counts only where the broker still accepts it."""
         for key, queue in self._queues.items():
             if queue and await self._settle([(queue[0], Done())]) == [True]:
-                self._chaos.finish(key, queue.pop(0).stored.position)
+                self._chaos.finish(key, events_of(queue.pop(0)))
 
     async def _handle(self, keys: Sequence[str], *, calm: bool) -> None:
         ends: list[tuple[Claim, Done | Later]] = []
@@ -154,12 +163,16 @@ class Actor:
             claim = queue.pop(0)
             if claim.suspect and not await self._begin(claim):
                 continue
+            events = events_of(claim)
             if not calm and self._chance.random() < 0.15:
-                ends.append((claim, Later(self._trial.clock.now_ms() + self._chance.randint(0, 50), "busy")))
+                failed = self._chance.randrange(len(events))
+                self._chaos.finish(key, events[:failed])
+                at_ms = self._trial.clock.now_ms() + self._chance.randint(0, 50)
+                ends.append((claim, Later(at_ms, "busy", left=numbers(events[failed:]))))
                 put_back += [(behind, Later(0, "", counted=False)) for behind in queue]
                 queue.clear()
             else:
-                self._chaos.finish(key, claim.stored.position)  # the handler has run, whatever the broker answers
+                self._chaos.finish(key, events)  # the handler has run, whatever the broker answers
                 ends.append((claim, Done()))
         if self._chance.random() < 0.5:
             await self._settle(ends + put_back)
@@ -197,3 +210,9 @@ class Actor:
             self._chaos.given(claim)
             stored = claim.stored
             self._queues.setdefault(f"{stored.position.partition}{stored.record.key}", []).append(claim)
+
+
+def numbers(events: Sequence[Position]) -> list[int]:
+    """Which events of their pack these are; nothing for one that came alone."""
+    parts = (part_of(position.offset)[1] for position in events)
+    return [part for part in parts if part is not None]

@@ -378,6 +378,22 @@ async def test_a_pack_that_waits_behind_another_one_keeps_what_is_left_of_it(tri
         assert await consumer.settle([settle(again)]) == [True]
 
 
+@ordered
+async def test_of_a_pack_that_waits_those_events_are_told_that_are_left(trial: Trial) -> None:
+    consumer = await member(trial, order=True)
+    for _ in range(2):
+        await publish(trial, key="a")
+    first, second = await trial.claims(consumer, 2)
+    failed = settle(first, Later(HELD_MS, "broken", left=[1, 2]))
+    assert await consumer.settle([failed, settle(second, Later(0, "", counted=False))]) == [True, True]
+    [key] = await trial.broker.admin.keys(PARTED.name, "billing")
+    events = await trial.broker.admin.parked(key)
+    left = [part(first.stored.position, k) for k in (1, 2)] + [part(second.stored.position, k) for k in range(EVENTS)]
+    assert [stored.position for stored in events] == left
+    assert events[1].record == event(first, 2)
+    assert await trial.broker.admin.parked(key, 3) == events[:3]
+
+
 def new_pack(trial: Trial, key: str | None = None) -> Record:
     """A pack of new events, as a publisher makes it."""
     columns = Columns.of([replace(trial.record(key=key), id="") for _ in range(EVENTS)])
