@@ -45,7 +45,8 @@ def chart(lines: Sequence[Line], ours: str = "redis") -> str:
             drawn += [_text(0, top + 20, f"{title}, events a second", "title"), *_drawn(bars, top + HEADING)]
             top += HEADING + STEP * len(bars)
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top + 8}" role="img">'
-    return "\n".join([head, f"<style>{STYLE}</style>", *drawn, "</svg>\n"])
+    title = "<title>Events a second: Millstream, the engine's limit, and others</title>"
+    return "\n".join([head, title, f"<style>{STYLE}</style>", *drawn, "</svg>\n"])
 
 
 def _bars(section: Sequence[Line], ours: str) -> list[Bar]:

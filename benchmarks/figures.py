@@ -35,7 +35,13 @@ class Line:
     ratio: float | None = None
     target: float | None = None
     cpu_us: float | None = None
+    start_ms: float | None = None
+    """From the start of the worker until each group has handled an event."""
+    drain_ms: float | None = None
+    """From the last event handled until all is settled and the worker gone."""
     peak_mb: float | None = None
+    grown_mb: float | None = None
+    """By how much our process has grown since a tenth was done."""
     stored_bytes: float | None = None
     """What the server keeps of one event."""
     p50_ms: float | None = None
@@ -73,7 +79,10 @@ def line(
         above / below if above and below else None,
         target,
         middle(runs, "cpu_us"),
+        middle(runs, "start_ms"),
+        middle(runs, "drain_ms"),
         middle(runs, "peak_mb"),
+        middle(runs, "grown_mb"),
         middle(runs, "stored_bytes"),
         p50,
         middle(runs, "p99_ms"),
@@ -111,6 +120,8 @@ COLUMNS: dict[str, Callable[[Line], str]] = {
     "ratio": lambda line: _short(line.ratio, 3),
     "target": lambda line: _short(line.target, 2),
     "CPU µs": lambda line: _short(line.cpu_us, 2),
+    "start ms": lambda line: _number(line.start_ms),
+    "drain ms": lambda line: _number(line.drain_ms),
     "MB": lambda line: _number(line.peak_mb),
     "stored B": lambda line: _number(line.stored_bytes),
     "p50 ms": lambda line: _short(line.p50_ms, 3),

@@ -1,33 +1,33 @@
 """The engine's limit: the same work without Millstream, as fast as it goes.
 
-For Redis, `engine.c` on hiredis. For SQLite, a bare loop on one connection: rows of the same columns, 1,000 of them in
-one durable commit; reading on behind a cursor, which each 1,000 rows are followed by a durable commit of. Where a
-limit can be had in several ways, each is tried, and the best counts.
+For Redis, `engine.c` on hiredis, in several ways of which the best counts. For SQLite, what `millstream bench` takes:
+the same rows in bare tables.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
-import sqlite3
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Iterable
-from contextlib import closing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from benchmarks.figures import Found
+from millstream.bench.scenarios import Load
+from millstream.bench.sqlite_engine import SQLiteEngine
 
 HERE = Path(__file__).parent
 BINARY = HERE.parent / "build" / "engine"
 COMPILE = ["cc", "-O2", "-std=c11", "-Wall", "-Wextra", "-pthread"]
 
 MAX_WRITE_BYTES = 1 << 20  # of large events fewer go into one write: more gains nothing
-PER_COMMIT = 1_000
+LOADS: dict[str, Load] = {"publish": "publish", "consume": "handle", "both": "both", "latency": "latency"}
+"""The modes of `engine.c`, as `millstream bench` calls them."""
 
 
 class Missing(Exception):
@@ -86,44 +86,10 @@ def redis(port: int, limit: Limit, events: int, size_bytes: int) -> Found:
 
 def sqlite(limit: Limit, events: int, size_bytes: int) -> Found | None:
     """The limit of SQLite with durable commits; None where it has nothing alike."""
-    runs: dict[str, Callable[[sqlite3.Connection, int, int, int], float]] = {"publish": _insert, "consume": _read}
-    if limit.mode not in runs:
-        return None
-    per_commit = 1 if limit.batches == (1,) else PER_COMMIT
-    with tempfile.TemporaryDirectory() as folder, closing(sqlite3.connect(f"{folder}/limit.db")) as db:
-        db.isolation_level = None
-        db.executescript(
-            "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; CREATE TABLE place (at INTEGER);"
-            "CREATE TABLE log (at INTEGER PRIMARY KEY, id, type, source, time, subject, headers, data)"
-        )
-        return {"rate": events / runs[limit.mode](db, events, size_bytes, per_commit)}
-
-
-def _insert(db: sqlite3.Connection, events: int, size_bytes: int, per_commit: int) -> float:
-    data = b"x" * size_bytes
-    rows = [(f"{number:021}", "bench.sale", "bench", 0, None, b"", data) for number in range(events)]
-    began = time.perf_counter()
-    for begin in range(0, events, per_commit):
-        db.execute("BEGIN IMMEDIATE")
-        db.executemany(
-            "INSERT INTO log (id, type, source, time, subject, headers, data) VALUES (?, ?, ?, ?, ?, ?, ?)",
-            rows[begin : begin + per_commit],
-        )
-        db.execute("COMMIT")
-    return time.perf_counter() - began
-
-
-def _read(db: sqlite3.Connection, events: int, size_bytes: int, per_commit: int) -> float:
-    _insert(db, events, size_bytes, PER_COMMIT)
-    db.execute("INSERT INTO place VALUES (0)")
-    at = seen = 0
-    began = time.perf_counter()
-    while rows := db.execute("SELECT * FROM log WHERE at > ? ORDER BY at LIMIT ?", (at, per_commit)).fetchall():
-        at, seen = rows[-1][0], seen + len(rows)
-        db.execute("UPDATE place SET at = ?", (at,))
-    seconds = time.perf_counter() - began
-    assert seen == events, seen
-    return seconds
+    with tempfile.TemporaryDirectory() as folder:
+        engine = SQLiteEngine("sqlite:///limit.db?synchronous=full", Path(folder) / "limit.db", limit.batches[-1])
+        found = asyncio.run(engine.limit(LOADS[limit.mode], events, b"x" * size_bytes))
+    return None if found is None else {"rate": found.rate}
 
 
 def best(found: Iterable[Found]) -> Found:

@@ -62,7 +62,7 @@ class Rounds:
         environment = os.environ | ({"MILLSTREAM_MAX_IN_FLIGHT": str(scenario.ahead)} if scenario.ahead else {})
         ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=WITHIN_S)
         if ran.returncode:
-            self._failed(key, ran.stderr)
+            self._failed(key, ran.stderr.strip().rpartition("\n")[2])  # above it, where that was raised
             return
         found: Found = json.loads(ran.stdout)
         if broker == "redis" and scenario.measure in ("publish-many", "pack-publish"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import limits, others, ours, record, run
+from benchmarks import limits, others, ours, profiling, record, run
 from benchmarks.chart import chart
 from benchmarks.figures import OURS, Line, factors, line, markdown, table
 from benchmarks.limits import Limit
 from benchmarks.scenarios import CORE, SCENARIOS
-from millstream import App
+from millstream.bench.scenarios import GROUP, Miscounted, Run
 from tests.servers import RedisServer
 
 EVENTS = 200
@@ -65,7 +66,19 @@ def test_the_tool_runs_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFix
     assert ElementTree.parse(picture).getroot().tag.endswith("svg")
 
 
-@pytest.mark.parametrize("name", ["publish-concurrent", "handle-all", "one-key-fails", "both", "latency"])
+WAYS = [
+    "publish-one",
+    "publish-concurrent",
+    "handle-all",
+    "one-key-fails",
+    "ten-groups",
+    "256-partitions",
+    "both",
+    "latency",
+]
+
+
+@pytest.mark.parametrize("name", WAYS)
 def test_the_other_ways_of_ours_measure_too(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = [name, "--broker", "memory", "--events", "2000", "--rounds", "1", "-o", "json"]
     assert run.main(words) == 0
@@ -73,16 +86,64 @@ def test_the_other_ways_of_ours_measure_too(name: str, capsys: pytest.CaptureFix
     assert ("p99_ms" in found) == (name == "latency")
 
 
-async def test_no_figures_where_an_event_was_handled_twice() -> None:
-    def add_twice(app: App, count: ours.Count, group: str) -> None:
-        @app.subscriber(ours.sales, group, timeout="never")
-        async def handle(event: ours.Sale) -> None:
-            count.handled(event.number)
-            if event.number == 7:
-                count.times[event.number] += 1
+@pytest.mark.parametrize("name", ["ten-groups", "one-key-fails"])
+async def test_no_figures_where_a_group_handled_an_event_twice(name: str) -> None:
+    scenario = ours.MEASURES[name]
 
-    with pytest.raises(SystemExit, match=r"handled: .* no figures"):
-        await ours.handle(ours.Run("memory://", EVENTS, 200), add_twice)
+    def twice(run: Run) -> None:
+        assert scenario.subscribe is not None
+        scenario.subscribe(run)
+        list(run.counts.values())[-1].times[ours.POISON + 1] += 1
+
+    with pytest.raises(Miscounted, match=r"handled: .* no figures"):
+        await replace(scenario, subscribe=twice).run("memory://", "", EVENTS, 200)
+
+
+async def test_no_figures_where_a_group_has_something_left() -> None:
+    def in_haste(run: Run) -> None:
+        ours.with_a_failing_key(run)
+        run.counts[GROUP].expected += 1
+
+    with pytest.raises(Miscounted, match=r"handled: .* no figures"):
+        await replace(ours.MEASURES["one-key-fails"], subscribe=in_haste).run("memory://", "", EVENTS, 200)
+
+
+def test_partitions_and_groups_are_as_many_as_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["ours", "handle", "memory://", "--events", str(EVENTS), "--groups", "3", "--partitions", "2"]
+    monkeypatch.setattr(sys, "argv", words)
+    ours.main()
+    found = json.loads(capsys.readouterr().out)
+    assert found["rate"] == pytest.approx(3 * EVENTS / found["seconds"], rel=0.01)
+    assert ours.spread(2).partitions == 2
+
+
+async def test_start_and_drain_are_told_and_are_part_of_the_time() -> None:
+    result = await ours.MEASURES["ten-groups"].run("memory://", "", EVENTS, 200)
+    assert result.start_ms is not None and result.drain_ms is not None
+    assert result.start_ms > 0 and result.drain_ms > 0
+    assert result.start_ms + result.drain_ms <= result.cost.seconds * 1_000
+    assert result.rate == pytest.approx(ours.GROUPS * EVENTS / result.cost.seconds)
+
+
+def test_growth_is_counted_from_a_tenth_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, sizes = ours.Memory(100), iter((30.0, 34.5))
+    monkeypatch.setattr(memory, "_mb", lambda name: next(sizes) if name == "VmRSS" else 40.0)
+    memory.look(9)
+    memory.look(10)
+    memory.look(50)
+    assert memory.found() == {"peak_mb": 40.0, "grown_mb": 4.5}
+
+
+def test_a_sample_counts_for_the_innermost_frame_of_python() -> None:
+    outer, send = "main (ours.py:9)", "Link._write (millstream/brokers/redis/link.py:299)"
+    stacks = [([outer, send, "__libc_send (libc.so.6)"], 2), ([outer, send.replace("299", "301")], 1), (["uv_run"], 5)]
+    found = profiling.shares(stacks)
+    assert found["function"] == {"Link._write  millstream/brokers/redis/link.py": 3}
+    assert found["line"]["millstream/brokers/redis/link.py:299  Link._write"] == 2
+    assert found["C"] == {"__libc_send": 2}
+    assert profiling.table(found["C"], 3) == " 66.7%  __libc_send"
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,17 @@ def test_latency_is_compared_with_the_engine() -> None:
     assert explain(result, None, Waits()) == "From the call of publish() to the handler."
 
 
+def test_a_latency_that_is_one_of_a_queue_is_none() -> None:
+    result = Result("latency", 2_500, 290.0, Cost(8.6), None, 85.0, 170.0)
+    assert "could not keep up with 500 events a second" in explain(result, Limit(OWN, None, 0.1, 0.3), Waits())
+
+
+@pytest.mark.parametrize(("start_ms", "told"), [(None, False), (49.0, False), (51.0, True)])
+def test_a_start_that_takes_a_twentieth_of_the_time_is_told(start_ms: float | None, told: bool) -> None:
+    result = Result("handle", 100_000, 100_000.0, Cost(1.0, 0.95), None, start_ms=start_ms)
+    assert ("51 ms to the first event" in explain(result, None, Waits())) == told
+
+
 def test_of_a_short_run_nothing_is_said() -> None:
     explained = explain(Result("handle", 100, 1_000.0, Cost(0.1, 0.1), None), None, Waits())
     assert explained == "Too short to say more, at 0.100 s: give it more --events."

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 from redis import Redis
@@ -16,8 +17,9 @@ from redis import Redis
 from millstream.bench import place
 from millstream.bench.measure import measure
 from millstream.bench.scenarios import SCENARIOS
+from millstream.brokers.base import Broker
 from millstream.clock import Clock
-from millstream.errors import BrokerError
+from millstream.errors import BrokerError, BrokerRefused
 from tests.servers import RedisServer, wait_until
 
 # Says a word, then goes on until it is killed: with a worker that holds what it has fetched.
@@ -28,11 +30,12 @@ from millstream.bench import place, scenarios
 async def main() -> None:
     async with place.found(sys.argv[1]) as here:
         run = scenarios.Run(scenarios.SCENARIOS["handle"], here.url, here.namespace, 100, 200)
-        run.count.left = 1_000
+        count = run.counts["bench"]
+        count.left = 1_000
         async with run.app:
-            await run.publish(run.made(), scenarios._many, scenarios.Meter(), lambda done: None)
+            await run.publish(run.made(), scenarios.many, scenarios.Meter(), lambda done: None)
             async with run.app.worker():
-                while run.count.left > 900:
+                while count.left > 900:
                     await run.clock.sleep(0.01)
                 print("handled", flush=True)
                 await asyncio.Event().wait()
@@ -118,6 +121,25 @@ async def test_what_a_killed_run_has_left_the_next_one_removes(
         killed.kill()
     assert await place.objections(url, 100, 200) == []
     assert client.keys() == [] and list(tmp_path.iterdir()) == []
+
+
+async def test_waiting_for_the_worker_of_a_killed_run_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    refusals = [BrokerRefused("a consumer is at work"), BrokerRefused("a consumer is at work")]
+
+    class Held:
+        @property
+        def admin(self) -> Held:
+            return self
+
+        async def discard(self, stream: str) -> None:
+            if refusals:
+                raise refusals.pop()
+
+    said: list[str] = []
+    monkeypatch.setattr(place, "RETRY_S", 0)
+    await place._discard(cast("Broker", Held()), "sales", said.append)
+    (words,) = said
+    assert not refusals and "a run was killed here: for up to 13 s" in words
 
 
 def test_a_run_of_another_machine_counts_as_living_for_an_hour() -> None:

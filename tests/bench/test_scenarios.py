@@ -11,7 +11,7 @@ import pytest
 from millstream.app import App
 from millstream.bench import scenarios
 from millstream.bench.meter import Meter
-from millstream.bench.prose import texts
+from millstream.bench.prose import MAX_CHARS, VARIANTS, texts
 from millstream.bench.scenarios import LEAST_BYTES, SCENARIOS, Miscounted, Run, Sale, Scenario, percentile, sale
 from millstream.errors import BadSetting
 from millstream.wire import codec
@@ -49,6 +49,12 @@ def test_texts_differ_and_have_the_length_that_was_asked_for() -> None:
     assert {len(text) for text in texts(3_000)} == {3_000} and set(texts(0)) == {""}
 
 
+def test_large_texts_are_few_since_they_take_memory() -> None:
+    assert len(texts(200)) == VARIANTS
+    made = texts(1_000_000)
+    assert 1 < len(set(made)) == len(made) and sum(map(len, made)) <= MAX_CHARS + 1_000_000
+
+
 async def test_latency_is_that_of_each_event_but_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scenarios, "WARM_UP", 10)
     result = await SCENARIOS["latency"].run("memory://", "", 60, 200)
@@ -77,11 +83,13 @@ async def test_a_run_that_cannot_be_made_is_refused(events: int, size: int) -> N
 
 async def test_an_event_that_is_handled_twice_gives_no_result() -> None:
     def twice(run: Run) -> None:
+        count = run.counted("bench")
+
         @run.app.subscriber(run.stream, "bench")
         async def handle(event: Sale) -> None:
-            run.count.handled(event)
+            count.handled(event)
             if event.id % 10 == 5:
-                run.count.times[event.id % 1_000] += 1
+                count.times[event.id % 1_000] += 1
 
     with pytest.raises(Miscounted, match=r"handled: \[90, 100\], and 100 each were expected: no figures"):
         await changed("handle", twice).run("memory://", "", 100, 200)
@@ -100,6 +108,8 @@ async def test_an_event_that_is_lost_gives_no_result(monkeypatch: pytest.MonkeyP
 
 async def test_a_run_without_progress_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     def stuck(run: Run) -> None:
+        run.counted("bench")
+
         @run.app.subscriber(run.stream, "bench")
         async def handle(event: Sale) -> None:
             await asyncio.Event().wait()

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from millstream.bench.engine import Limit, Waits
 from millstream.bench.meter import Cost
-from millstream.bench.scenarios import Result
+from millstream.bench.scenarios import LATENCY_RATE, Result
 
 LEAST_S = 0.2  # what is shorter is not much more than the grain of its clocks
 BUSY = 0.8  # of the time: nobody gets more of a core while he talks to another process
 FAR_MS = 0.25  # an empty command within one machine takes a tenth of this
+START_SHARE = 0.05  # of the time: what a start takes is worth a sentence
+KEPT_UP = 0.9  # of a fixed rate
 SYNC_SHARE = 0.5  # of the time
 SYNC_TIMES = 2.0  # storing one event against an empty command: beyond this, the disk is what is waited for
 
@@ -23,7 +25,9 @@ def explain(result: Result, limit: Limit | None, waits: Waits) -> str:
     if result.cost.seconds < LEAST_S:
         return f"Too short to say more, at {result.cost.seconds:.3f} s: give it more --events."
     if result.p50_ms is None:
-        return f"{_bound(result.cost, waits)} {_shares(result.cost, result.events)}"
+        return f"{_bound(result.cost, waits)} {_shares(result.cost, result.events)}{_start(result)}"
+    if result.rate < KEPT_UP * LATENCY_RATE:
+        return f"Not a latency but the length of a queue: it could not keep up with {LATENCY_RATE} events a second."
     if limit is None or limit.p50_ms is None or limit.p99_ms is None:
         return "From the call of publish() to the handler."
     alone = f"p50 {limit.p50_ms:.2f} ms, p99 {limit.p99_ms:.2f} ms from the write to the wake-up"
@@ -47,6 +51,12 @@ def _shares(cost: Cost, events: int) -> str:
     if cost.server_cpu_s is None:
         return f"{words}."
     return f"{words}; the server {cost.server_cpu_s / cost.seconds:.0%}, {_each(cost.server_cpu_s, events)}."
+
+
+def _start(result: Result) -> str:
+    if result.start_ms is None or result.start_ms < START_SHARE * result.cost.seconds * 1_000:
+        return ""
+    return f" It took {result.start_ms:.0f} ms to the first event: more --events make that count less."
 
 
 def _waiting(cost: Cost, waits: Waits) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -53,8 +52,7 @@ class Meter:
         )
 
     def _own(self) -> Cost:
-        process = os.times()
-        return Cost(self._clock.monotonic(), process.user + process.system, _queued_s())
+        return Cost(self._clock.monotonic(), self._clock.cpu_s(), _queued_s())
 
 
 def _queued_s() -> float | None:

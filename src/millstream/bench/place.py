@@ -12,11 +12,11 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 from millstream.bench import redis_engine
@@ -39,6 +39,10 @@ _NAME = re.compile(rf"{RUNS}\.([0-9a-f]{{8}})\.(\d+)\.(\d+)")
 FOREIGN_MS = 3_600_000  # nobody can ask another machine whether a process lives, and a run takes less than an hour
 RETRY_S = 0.5
 MARGIN_S = 3.0  # beyond the lease, until a worker that was killed counts as gone
+
+
+Say: TypeAlias = Callable[[str], None]
+"""Told, for people, what is waited for."""
 
 
 class Place(NamedTuple):
@@ -74,8 +78,11 @@ async def found(url: str) -> AsyncIterator[Place]:
             await _remove(url, name)
 
 
-async def objections(url: str, events: int, size_bytes: int) -> list[str]:
-    """Why a run should not be made here. What killed runs have left is removed before it is asked."""
+async def objections(url: str, events: int, size_bytes: int, say: Say = logger.info) -> list[str]:
+    """Why a run should not be made here. What killed runs have left is removed before it is asked.
+
+    `say` is told what is waited for, where that takes seconds.
+    """
     if _is_sqlite(url):
         folder = _file(url, RUNS).parent
         if not folder.is_dir():
@@ -90,17 +97,17 @@ async def objections(url: str, events: int, size_bytes: int) -> list[str]:
     async with _opened(url, RUNS) as runs:
         names = [info.spec.name for info in await runs.admin.streams()]
     for name in filter(_is_over, names):
-        await _remove(url, name)
+        await _remove(url, name, say)
     async with _engine(url, RUNS) as engine:
         return await engine.objections(events, size_bytes)
 
 
-async def _remove(url: str, name: str) -> None:
+async def _remove(url: str, name: str, say: Say = logger.info) -> None:
     """Remove all that a run has stored; what cannot be removed is said, and left to the next run."""
     try:
         async with _opened(url, name) as broker:
             for info in await broker.admin.streams():
-                await _discard(broker, info.spec.name)
+                await _discard(broker, info.spec.name, say)
         if _is_redis(url):
             await redis_engine.remove(url, name)
         async with _opened(url, RUNS) as runs:
@@ -109,16 +116,19 @@ async def _remove(url: str, name: str) -> None:
         logger.error("run %s has left something on %s, the next run removes it: %s", name, mask(url), error)
 
 
-async def _discard(broker: Broker, stream: str) -> None:
+async def _discard(broker: Broker, stream: str, say: Say) -> None:
     """Discard a stream. A worker that was killed counts as a member until its lease is over."""
-    clock = Clock()
-    until_s = clock.monotonic() + seconds(Settings.load().lease) + MARGIN_S
+    clock, most_s = Clock(), seconds(Settings.load().lease) + MARGIN_S
+    began_s, said = clock.monotonic(), False
     while True:
         try:
             return await broker.admin.discard(stream)
         except BrokerRefused:
-            if clock.monotonic() > until_s:
+            if clock.monotonic() > began_s + most_s:
                 raise
+        if not said:
+            say(f"a run was killed here: for up to {most_s:g} s its worker may count as alive, then its events go")
+            said = True
         await clock.sleep(RETRY_S)
 
 

@@ -6,6 +6,7 @@ from hashlib import blake2b
 from itertools import count
 
 VARIANTS = 1_009  # more than a pack holds, so that it holds none twice; a prime, so that nothing else repeats with them
+MAX_CHARS = 8_000_000  # of all texts: of large ones fewer are made, since few fit into a pack, and they take memory
 
 _WORDS = (  # noqa: SIM905 - as prose it stays short
     "the a of to for in with at from by not late early again gate belt door truck crew delay weather bag box crate scale "
@@ -15,8 +16,8 @@ _WORDS = (  # noqa: SIM905 - as prose it stays short
 
 
 def texts(chars: int) -> list[str]:
-    """So many characters of words each."""
-    return [_text(f"{variant} ", chars) for variant in range(VARIANTS)]
+    """Texts of so many characters each, as different as these allow."""
+    return [_text(f"{variant} ", chars) for variant in range(min(VARIANTS, 1 + MAX_CHARS // max(1, chars)))]
 
 
 def _text(begin: str, chars: int) -> str:

@@ -35,8 +35,9 @@ CREATE TABLE taken (row INTEGER PRIMARY KEY, attempt INTEGER NOT NULL);
 class SQLiteEngine:
     """The library, and the disk below it. All that it writes is in one file, which whoever names it removes."""
 
-    def __init__(self, url: str, path: Path) -> None:
+    def __init__(self, url: str, path: Path, stored_at_once: int = STORED_AT_ONCE) -> None:
         self._path = path
+        self._stored_at_once = stored_at_once
         self._synchronous = parse_qs(url.partition("?")[2]).get("synchronous", ["full"])[0]
         self._clock = Clock()
         self._commits_s = 0.0
@@ -58,7 +59,7 @@ class SQLiteEngine:
             if load == "handle":
                 await self._publish(db, 0, events, data)
                 self._commits_s = 0.0
-            step = events if load != "both" else STORED_AT_ONCE
+            step = events if load != "both" else self._stored_at_once
             began_s = self._clock.monotonic()
             for first in range(0, events, step):
                 count = min(step, events - first)
@@ -86,8 +87,8 @@ class SQLiteEngine:
     async def _publish(self, db: sqlite3.Connection, begin: int, events: int, data: bytes) -> None:
         now_ms = self._clock.now_ms()
         fields = "0" * 21, "bench.sale", "bench", now_ms, None, None, b"", data
-        for first in range(begin, begin + events, STORED_AT_ONCE):
-            last = min(first + STORED_AT_ONCE, begin + events)
+        for first in range(begin, begin + events, self._stored_at_once):
+            last = min(first + self._stored_at_once, begin + events)
             db.execute("BEGIN IMMEDIATE")
             db.executemany(
                 "INSERT INTO event VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", [(row, *fields) for row in range(first, last)]

@@ -61,10 +61,13 @@ def _size(context: click.Context, option: click.Parameter, value: str) -> int:
 def bench(given: Given, names: tuple[str, ...], events: int, size: int, yes: bool, output: Output) -> None:
     """Measure how fast it is here, beside what the engine can do.
 
-    Scenarios: publish-many publish-concurrent handle handle-ordered handle-batch both latency
-    pack-publish pack-handle, or all. Each runs in a
-    namespace of its own, on SQLite in a file of its own beside the one that is named; nothing of it stays, and what a
-    killed run has left, the next one removes. There are no figures unless every event was handled exactly once.
+    \b
+    Scenarios: publish-many publish-concurrent handle handle-ordered
+    handle-batch both latency pack-publish pack-handle, or all.
+
+    Each runs in a namespace of its own, on SQLite in a file of its own beside the one that is named; nothing of it
+    stays, and what a killed run has left, the next one removes. There are no figures unless every event was handled
+    exactly once.
 
     ENGINE is what the engine itself does with the same events in the same minute, and RATIO how much of it is reached.
     Refuses where memory or disk may not suffice, where the server holds keys of others, and where others work on it.
@@ -88,10 +91,14 @@ def _chosen(names: Sequence[str]) -> list[Scenario]:
 async def _measure(
     scenarios: Sequence[Scenario], url: str, events: int, size: int, yes: bool, watch: _Watch
 ) -> list[Measured]:
-    against = await place.objections(url, events, size)
+    against = await place.objections(url, events, size, _say)
     if against and not yes:
         raise Refused(f"nothing was run: {'; '.join(against)}; --yes runs it all the same")
     return [await measure(scenario, url, events, size, watch.show) for scenario in scenarios]
+
+
+def _say(words: str) -> None:
+    click.echo(words, err=True)
 
 
 class _Watch:
