@@ -23,7 +23,7 @@ MAX_AHEAD = 2_000  # events, without a setting and beyond twice what runs
 _PACE_S = 0.005
 _MAX_AHEAD_BYTES = 33_554_432  # of event data; what runs is there a second time, decoded
 _MAX_SHARED_BYTES = 67_108_864  # of all groups of a process
-_MAX_PAGE = 250  # larger ones cost more per event, not less
+_MAX_PAGE = 250  # larger ones cost more per event, not less: they do not stay in the cache; a batch comes in several
 _FIRST_PAGE = 16  # of events whose size is not known
 _SAMPLE = 8  # of so many events one is asked for its size
 
@@ -84,7 +84,7 @@ class ReadAhead:
         self.limit = min(self._most, max(self._batch_size, held_by_size))
 
     def _page(self) -> int:
-        most = max(_MAX_PAGE if self._event_bytes else _FIRST_PAGE, self._batch_size)
+        most = _MAX_PAGE if self._event_bytes else _FIRST_PAGE
         return max(1, min(self.limit // 2, most))  # half: a slow key may fill a page, and must leave room for others
 
 
