@@ -9,6 +9,7 @@ import pytest
 from millstream.brokers.base import Claim
 from millstream.brokers.redis.ledger import RedisLedger
 from millstream.brokers.redis.link import Answers
+from millstream.brokers.redis.turns import MAX_EVENTS
 from millstream.brokers.window import WINDOW
 from millstream.errors import BrokerDown
 from tests.redis import brokers
@@ -21,7 +22,7 @@ from tests.servers import RedisServer
 started = brokers.started
 server = brokers.server
 
-PAGE = 1_000
+PAGE = MAX_EVENTS  # of one partition
 
 
 def due(life: RedisLedger) -> None:

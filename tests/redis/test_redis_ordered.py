@@ -27,7 +27,7 @@ from millstream.brokers.redis.broker import RedisBroker
 from millstream.brokers.redis.keys import Keys
 from millstream.brokers.redis.ledger import Lives, RedisLedger
 from millstream.brokers.redis.sizes import MAX_REPLY_BYTES
-from millstream.brokers.redis.turns import MAX_EVENTS
+from millstream.brokers.redis.turns import MAX_BUSY, MAX_EVENTS
 from millstream.errors import BrokerDown, BrokerFull, GroupOwned, NotSupported
 from tests.redis import brokers
 from tests.redis.brokers import opened, records, run_in
@@ -434,7 +434,9 @@ async def test_a_backlog_in_many_partitions_is_read_in_pages_of_some_of_them(
         brought = brought_by(life_of(consumer), monkeypatch)
         claims = await claimed(consumer, 32 * 400)
         assert max(brought) <= MAX_EVENTS
-        assert {claim.stored.position.partition for claim in claims[: 5 * MAX_EVENTS]} == set(range(32))
+        assert {claim.stored.position.partition for claim in claims[: (32 // MAX_BUSY + 1) * MAX_EVENTS]} == set(
+            range(32)
+        )
         for partition in range(32):
             mine = [claim.stored.record.id for claim in claims if claim.stored.position.partition == partition]
             assert mine == [f"id-{number}" for number in range(partition, 32 * 400, 32)]

@@ -38,12 +38,13 @@ def test_what_was_acquired_is_busy_until_a_read_has_come_to_its_end() -> None:
 
 def test_few_partitions_are_all_read_each_time() -> None:
     turns = Turns()
-    assert [sorted(taken(turns, {2}, range(8))) for _ in range(3)] == [list(range(8))] * 3
+    few = range(MAX_BUSY)
+    assert [sorted(taken(turns, {0}, few)) for _ in range(3)] == [list(few)] * 3
 
 
 def test_busy_ones_have_a_turn_each_and_some_quiet_ones_beside() -> None:
     turns = quiet()
-    busy = set(range(100, 140))
+    busy = set(range(100, 100 + 5 * MAX_BUSY))
     turns.read(ALL, busy)
     reads = [taken(turns, busy) for _ in range(5)]
     assert {partition for chosen in reads for partition in chosen[:MAX_BUSY]} == busy
@@ -59,7 +60,7 @@ def test_behind_a_backlog_a_quiet_one_is_looked_at_within_sixteen_reads() -> Non
 
 def test_with_backlogs_everywhere_each_has_a_page_in_every_round() -> None:
     turns = Turns()
-    seen = [partition for _ in range(32) for partition in taken(turns, set(ALL))]
+    seen = [partition for _ in range(len(ALL) // MAX_BUSY) for partition in taken(turns, set(ALL))]
     assert sorted(seen) == list(ALL)
 
 
