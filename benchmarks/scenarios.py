@@ -25,8 +25,6 @@ class Scenario(NamedTuple):
     events: int = 0
     """A number of its own instead."""
     size_bytes: int = 0
-    ahead: int = 0
-    """`MILLSTREAM_MAX_IN_FLIGHT`; 0 is the default of 128, which is for handlers that wait for something."""
     long: bool = False
     """Only when asked for: it takes minutes, and gigabytes."""
 
@@ -39,10 +37,6 @@ class Scenario(NamedTuple):
 
 def _scenario(name: str, limit: Limit, target: float | None = None, *, share: float = 1) -> Scenario:
     return Scenario(name, name, limit, target, share)
-
-
-def _ahead(name: str, limit: Limit, target: float) -> Scenario:
-    return Scenario(f"{name}-ahead", name, limit, target, ahead=2_000)
 
 
 def _of_size(text: str, size_bytes: int) -> list[Scenario]:
@@ -63,18 +57,13 @@ SCENARIOS = {
         _scenario("publish-many", PUBLISH, 0.6),
         _scenario("publish-concurrent", PUBLISH, 0.4),
         _scenario("handle", CONSUME, 0.6),
-        _ahead("handle", CONSUME, 0.6),
         _scenario("handle-ordered", CONSUME, 0.8),
-        _ahead("handle-ordered", CONSUME, 0.8),
         _scenario("handle-batch", CONSUME, 0.8),
-        _ahead("handle-batch", CONSUME, 0.8),
         _scenario("handle-all", CONSUME, 0.25),
-        _ahead("handle-all", CONSUME, 0.25),
         _scenario("pack-publish", PUBLISH),
         _scenario("pack-handle", CONSUME),
         _scenario("one-key-fails", CONSUME),
         _scenario("both", Limit("both"), 0.6),
-        _ahead("both", Limit("both"), 0.6),
         _scenario("latency", LATENCY, 0.5, share=0.01),  # four seconds, of 200,000
         _scenario("ten-groups", CONSUME, share=0.1),
         _scenario("256-partitions", Limit("consume", (1_024, 4_096), streams=256)),
