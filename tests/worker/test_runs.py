@@ -417,6 +417,26 @@ async def test_a_missing_library_makes_the_group_wait_and_say_so(monkeypatch: py
     assert seen == [1, 2]
 
 
+async def test_a_missing_library_makes_a_listener_wait_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    app, seen = app_of(), list[int]()
+    told = heard(app, BROKER_ERROR)
+
+    @app.listener(birds)
+    async def hear(event: Seen) -> None:
+        seen.append(event.n)
+
+    lacking = NotSupported("zstd compression needs a library: pip install 'millstream[zstd]'")
+    async with TestApp(app) as t:
+        with monkeypatch.context() as patched:
+            patched.setattr(packs, "lacking", lambda pack: lacking)
+            await put(app, pack_of([event_of(1), event_of(2)], "zstd"))
+            await t.idle()
+            await t.advance("2s")
+        assert not seen and told[0]["error"] is lacking
+        await t.advance("2s")
+    assert seen == [1, 2]
+
+
 async def test_a_broker_that_cannot_keep_what_is_left_of_a_pack_makes_it_a_dead_letter() -> None:
     app, seen = app_of(), list[int]()
 

@@ -15,6 +15,7 @@ from millstream.telemetry import LISTENER_FAILED, Telemetry, logger
 from millstream.worker.backoff import Backoff
 from millstream.worker.call import Route
 from millstream.worker.gate import Gate
+from millstream.worker.runs import readable
 
 _PAGE = 500
 _WAIT_S = 5.0
@@ -38,7 +39,8 @@ class Listener:
 
     async def run(self) -> None:
         """Read from now on. Ends by cancellation."""
-        backoff = Backoff("listen", f"(listener {self._subscriber.signature.name})", self._clock, self._telemetry)
+        who = f"(listener {self._subscriber.signature.name})"
+        backoff = Backoff("listen", who, self._clock, self._telemetry)
         places: dict[int, Position | None] | None = None
         while True:
             try:
@@ -47,6 +49,7 @@ class Listener:
                     self.joined.set()
                 for partition, place in places.items():
                     page = await self._broker.read(self._stream, partition, place, _PAGE)
+                    await readable([stored.record for stored in page], who, self._clock, self._telemetry)
                     for stored in page:
                         places[partition] = stored.position
                         for event in unpacked((stored,)):

@@ -24,6 +24,7 @@ from millstream.errors import WireError
 from millstream.handlers.subscriber import Group
 from millstream.telemetry import BROKER_ERROR, DEAD, Telemetry
 from millstream.wire import packs
+from millstream.wire.entry import Record
 from millstream.wire.packs import Packed
 from millstream.worker.ahead import ReadAhead
 from millstream.worker.order import KeyOrder
@@ -132,12 +133,7 @@ class Runs:
 
     async def readable(self, claims: Iterable[Claim]) -> None:
         """Wait, and say so, until all that is needed to read the packs among these is installed."""
-        for claim in claims:
-            while packs.is_pack(claim.stored.record) and (lacking := packs.lacking(claim.stored.record)):
-                now_s = self._clock.monotonic()
-                self._telemetry.emit(BROKER_ERROR, group=self._group, doing="read packs", error=lacking)
-                self._telemetry.complain(self._group, now_s, "group %s waits: %s", self._group, lacking)
-                await self._clock.sleep(_PAUSE_S)
+        await readable([claim.stored.record for claim in claims], self._group, self._clock, self._telemetry)
 
     def open(self, claim: Claim) -> Run | Dead:
         """The run of a claim whose record is a pack; or why the pack as a whole is given up."""
@@ -270,6 +266,17 @@ class Runs:
             DEAD, group=self._group, position=position, attempt=attempt, reason=reason, error=error, exception=None
         )
         return Dead(reason, error)
+
+
+async def readable(records: Sequence[Record], who: str, clock: Clock, telemetry: Telemetry) -> None:
+    """Wait, and say so, until all that is needed to read the packs among these is installed."""
+    if packs.TYPE not in {record.type for record in records}:
+        return
+    for record in records:
+        while packs.is_pack(record) and (lacking := packs.lacking(record)):
+            telemetry.emit(BROKER_ERROR, group=who, doing="read packs", error=lacking)
+            telemetry.complain(who, clock.monotonic(), "group %s waits: %s", who, lacking)
+            await clock.sleep(_PAUSE_S)
 
 
 def _sooner(one: Later, other: Later) -> Later:
