@@ -121,3 +121,15 @@ def test_many_groups_share_what_a_process_may_hold() -> None:
     ahead = ReadAhead(64, 1, None, Clock(), groups=1_000)
     ahead.came(claims(1, 1_048_576))
     assert ahead.limit == 1, "there is always room for one"
+
+
+async def test_one_stall_is_no_change_of_pace() -> None:
+    clock = VirtualClock()
+    ahead = ReadAhead(64, 1, None, clock)
+    await settle(ahead, clock, per_ms=200)
+    limits = []
+    for _ in range(4):
+        await clock.advance(0.1)
+        ahead.left(1)
+        limits.append(ahead.limit)
+    assert limits == [500, 250, 128, 128]

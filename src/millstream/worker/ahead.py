@@ -71,7 +71,7 @@ class ReadAhead:
             passed_s = now_s - self._since_s
             if passed_s >= _PACE_S:
                 pace = min(int(self._settled * _PACE_S / passed_s), MAX_AHEAD)
-                self._most = max(self._least, pace)
+                self._most = max(self._least, pace, self._most // 2)  # one stall is no change of pace
                 self._settled, self._since_s = 0, now_s
                 self._set_limit()
 
