@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
 from hiredis import ReplyError
 
-from tests.redis import brokers
+from tests.redis import brokers, raw
 from tests.redis.raw import DEAD, DUE, GROUP, LEASE, LIVE, LOG, META, NOTE, PARKED, PARKINFO, STATS, Raw, fence, park
-from tests.servers import RedisServer
 
 started = brokers.started
 server = brokers.server
+redis = raw.log
 
 FAR_MS = 9_000_000_000_000
 
@@ -35,16 +34,6 @@ class Granted(NamedTuple):
     keys: list[bytes]
     notes: list[bytes]
     gaps: bytes
-
-
-@pytest.fixture
-def redis(server: RedisServer) -> Iterator[Raw]:
-    with Raw(server.port) as redis:
-        redis.found()
-        redis.enter("a")
-        redis.enter("b")
-        yield redis
-        redis.do("CONFIG", "SET", "maxmemory", 0)
 
 
 def granted(redis: Raw, member: str, silent: Any = "", *formers: str) -> Granted:

@@ -123,6 +123,10 @@ def test_many_groups_share_what_a_process_may_hold() -> None:
     assert ahead.limit == 1, "there is always room for one"
 
 
+def test_many_groups_share_the_first_page_whose_events_may_be_large() -> None:
+    assert [ReadAhead(64, 1, None, Clock(), groups=groups).wanted() for groups in (1, 2, 16, 1_000)] == [16, 8, 1, 1]
+
+
 async def test_one_stall_is_no_change_of_pace() -> None:
     clock = VirtualClock()
     ahead = ReadAhead(64, 1, None, clock)

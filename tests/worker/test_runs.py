@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -396,6 +397,15 @@ async def any_end(sizes: list[int], fates: list[list[str]], *, ordered: bool, ba
             assert list(dict.fromkeys(numbers)) == sorted(set(numbers))
 
 
+@contextmanager
+def without_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[NotSupported]:
+    """Inside the block what packs are compressed with is not installed; yields what is said of it."""
+    lacking = NotSupported("zstd compression needs a library: pip install 'millstream[zstd]'")
+    with monkeypatch.context() as patched:
+        patched.setattr(packs, "lacking", lambda pack: lacking)
+        yield lacking
+
+
 async def test_a_missing_library_makes_the_group_wait_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     app, seen = app_of(), list[int]()
     told = heard(app, BROKER_ERROR)
@@ -404,10 +414,8 @@ async def test_a_missing_library_makes_the_group_wait_and_say_so(monkeypatch: py
     async def log(event: Seen) -> None:
         seen.append(event.n)
 
-    lacking = NotSupported("zstd compression needs a library: pip install 'millstream[zstd]'")
     async with TestApp(app) as t:
-        with monkeypatch.context() as patched:
-            patched.setattr(packs, "lacking", lambda pack: lacking)
+        with without_library(monkeypatch) as lacking:
             await put(app, pack_of([event_of(1), event_of(2)], "zstd"))
             await t.idle()
             await t.advance("2s")
@@ -425,10 +433,8 @@ async def test_a_missing_library_makes_a_listener_wait_and_say_so(monkeypatch: p
     async def hear(event: Seen) -> None:
         seen.append(event.n)
 
-    lacking = NotSupported("zstd compression needs a library: pip install 'millstream[zstd]'")
     async with TestApp(app) as t:
-        with monkeypatch.context() as patched:
-            patched.setattr(packs, "lacking", lambda pack: lacking)
+        with without_library(monkeypatch) as lacking:
             await put(app, pack_of([event_of(1), event_of(2)], "zstd"))
             await t.idle()
             await t.advance("2s")

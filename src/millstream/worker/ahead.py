@@ -24,7 +24,7 @@ _PACE_S = 0.005
 _MAX_AHEAD_BYTES = 33_554_432  # of event data; what runs is there a second time, decoded
 _MAX_SHARED_BYTES = 67_108_864  # of all groups of a process
 _MAX_PAGE = 250  # larger ones cost more per event, not less: they do not stay in the cache; a batch comes in several
-_FIRST_PAGE = 16  # of events whose size is not known
+_FIRST_PAGE = 16  # of events whose size is not known; all groups of a process share it
 _SAMPLE = 8  # of so many events one is asked for its size
 
 
@@ -42,6 +42,7 @@ class ReadAhead:
         self._settled = 0
         self._since_s = clock.monotonic()
         self._max_bytes = min(_MAX_AHEAD_BYTES, _MAX_SHARED_BYTES // groups)
+        self._first_page = max(1, _FIRST_PAGE // groups)
         self._event_bytes = 0.0
         self.held = 0
         """Events fetched and not settled."""
@@ -84,7 +85,7 @@ class ReadAhead:
         self.limit = min(self._most, max(self._batch_size, held_by_size))
 
     def _page(self) -> int:
-        most = _MAX_PAGE if self._event_bytes else _FIRST_PAGE
+        most = _MAX_PAGE if self._event_bytes else self._first_page
         return max(1, min(self.limit // 2, most))  # half: a slow key may fill a page, and must leave room for others
 
 
