@@ -230,6 +230,6 @@ async def settled_unseen(events: int, leave: int = 0) -> AsyncIterator[tuple[Bro
         positions = await app.publish_many(sample.events(events), to=flights)
         consumer = await broker.subscribe(Subscription(spec_of(flights), "board", "demo"))
         claims: list[Claim] = await consumer.fetch(events - leave, 1)
-        await consumer.settle([Settlement(claim.stored.position, Done()) for claim in claims])
+        await consumer.settle([Settlement(claim.position, Done()) for claim in claims])
         yield broker, positions
         await consumer.close()

@@ -56,7 +56,7 @@ def record(partition: int = 0, id_: str = "id", due_ms: int | None = None) -> Re
 
 
 def settlement(claim: Claim, outcome: Outcome | None = None) -> Settlement:
-    return Settlement(claim.stored.position, outcome or Done())
+    return Settlement(claim.position, outcome or Done())
 
 
 async def test_it_is_quiet_when_only_time_or_a_publisher_can_make_something_happen() -> None:
@@ -88,7 +88,7 @@ async def test_no_more_dead_letters_than_the_limit_are_kept_of_a_partition(monke
     broker, _ = await opened()
     consumer = await joined(broker)
     await broker.append("orders", [*(record(0) for _ in range(4)), record(1)])
-    claims = sorted(await consumer.fetch(10, 0), key=lambda claim: str(claim.stored.position))
+    claims = sorted(await consumer.fetch(10, 0), key=lambda claim: str(claim.position))
     outcomes: list[Outcome] = [Dead("failed"), Dead("failed"), Dead("failed"), Done(), Dead("failed")]
     settlements = [settlement(claim, outcome) for claim, outcome in zip(claims, outcomes, strict=True)]
     assert await consumer.settle(settlements) == [True] * 5
@@ -160,7 +160,7 @@ async def test_a_busy_partition_does_not_starve_the_others() -> None:
     consumer = await joined(broker)
     await broker.append("orders", [record(0) for _ in range(100)] + [record(1), record(2)])
     claims = [claim for _ in range(3) for claim in await consumer.fetch(1, 0)]
-    assert {claim.stored.position.partition for claim in claims} == {0, 1, 2}
+    assert {claim.position.partition for claim in claims} == {0, 1, 2}
 
 
 async def test_a_key_that_waits_for_a_person_is_quiet_and_never_due() -> None:
@@ -303,8 +303,8 @@ async def test_derived_outputs_need_no_ids_and_share_the_room_with_others() -> N
     await broker.admin.apply("orders", Policy(dedupe_ms=1_000, dedupe_ids=1, ceiling_events=3))
     derived, own = Output("orders", record(), derived=True), Output("orders", record(id_="own"))
     with pytest.raises(BrokerFull, match="3 events"):
-        await consumer.settle([Settlement(claim.stored.position, Done(), [derived, own, derived])])
-    assert await consumer.settle([Settlement(claim.stored.position, Done(), [own, derived, own])]) == [True]
+        await consumer.settle([Settlement(claim.position, Done(), [derived, own, derived])])
+    assert await consumer.settle([Settlement(claim.position, Done(), [own, derived, own])]) == [True]
     assert [stored.record.id for stored in await broker.read("orders", 0, None, 10)] == ["id", "own", "id"]
 
 
@@ -379,7 +379,7 @@ async def test_what_the_owner_of_a_partition_had_read_is_lost_with_the_owner_and
     await clock.advance(LEASE_S)
     living = await joined(broker, order=True)
     [claim] = await living.fetch(6, 60)
-    assert (claim.stored.position, await living.settle([settlement(claim)])) == (Position(0, "12"), [True])
+    assert (claim.position, await living.settle([settlement(claim)])) == (Position(0, "12"), [True])
     assert (await broker.tend("orders")).lost == {"billing": 4}
     [info] = await broker.admin.groups("orders")
     assert (info.lag, info.lost, info.done) == (0, 9, 3)
@@ -478,9 +478,9 @@ class _Chaos:
     async def fetch(self, consumer: Consumer) -> None:
         for claim in await consumer.fetch(self.dice.randrange(1, 5), 0):
             self.held[consumer].append(claim)
-            self.attempts[claim.stored.position] += 1
-            assert 1 <= claim.attempt <= self.attempts[claim.stored.position]
-            assert not self.ended[claim.stored.position]
+            self.attempts[claim.position] += 1
+            assert 1 <= claim.attempt <= self.attempts[claim.position]
+            assert not self.ended[claim.position]
 
     async def settle(self, consumer: Consumer, *, done: bool = False) -> None:
         claims, self.held[consumer] = self.held[consumer], []
@@ -491,13 +491,13 @@ class _Chaos:
         for claim, outcome, ours in zip(claims, outcomes, results, strict=True):
             if ours:
                 self.settled[type(outcome).__name__] += 1
-                self.ended[claim.stored.position] += isinstance(outcome, Done | Dead)
+                self.ended[claim.position] += isinstance(outcome, Done | Dead)
 
     async def pass_time(self) -> None:
         await self.clock.advance(self.dice.choice([0.1, 1, LEASE_S / 4]))
         for consumer in self.held.keys() - self.silent:
             lost = (await consumer.keep()).lost
-            self.held[consumer] = [claim for claim in self.held[consumer] if claim.stored.position not in lost]
+            self.held[consumer] = [claim for claim in self.held[consumer] if claim.position not in lost]
 
     async def finish(self) -> None:
         if self.order:

@@ -40,8 +40,8 @@ def wait(broker: Broker, *keys: str | None, due_ms: int = HELD_MS, group: str = 
         await broker.append("orders", records)
         failed: set[str | None] = set()
         for claim in await consumer.fetch(len(keys), 0):
-            await consumer.settle([_failed(claim, due_ms, first=claim.stored.record.key not in failed)])
-            failed.add(claim.stored.record.key or claim.stored.record.id)
+            await consumer.settle([_failed(claim, due_ms, first=claim.record.key not in failed)])
+            failed.add(claim.record.key or claim.record.id)
         await consumer.close()
         await broker.close()
 
@@ -49,7 +49,7 @@ def wait(broker: Broker, *keys: str | None, due_ms: int = HELD_MS, group: str = 
 
 
 def _failed(claim: Claim, due_ms: int, *, first: bool) -> Settlement:
-    return Settlement(claim.stored.position, Later(due_ms, ERROR if first else "", counted=first))
+    return Settlement(claim.position, Later(due_ms, ERROR if first else "", counted=first))
 
 
 def keys(broker: MemoryBroker, group: str = "billing") -> list[ParkedKey]:

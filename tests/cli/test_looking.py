@@ -40,7 +40,7 @@ async def _happen(url: str, stream: str, group: str, outcomes: Sequence[Outcome]
     claims: list[Claim] = []
     while len(claims) < len(records):
         claims += await consumer.fetch(len(records), 1)
-    settled = [Settlement(claim.stored.position, outcome) for claim, outcome in zip(claims, outcomes, strict=False)]
+    settled = [Settlement(claim.position, outcome) for claim, outcome in zip(claims, outcomes, strict=False)]
     assert all(await consumer.settle(settled))
     await consumer.close()
     await broker.close()
@@ -181,7 +181,7 @@ async def _bury_again(url: str) -> None:
     await broker.open()
     consumer = await broker.subscribe(Subscription(StreamSpec("orders", 1, "order_id"), "audit", "shop"))
     claims = await consumer.fetch(10, 1)
-    await consumer.settle([Settlement(claim.stored.position, REJECTED) for claim in claims])
+    await consumer.settle([Settlement(claim.position, REJECTED) for claim in claims])
     await consumer.close()
     await broker.close()
 

@@ -217,7 +217,7 @@ def test_history_is_replayed_into_one_group(project: Project, history: MemoryBro
     assert "`millstream group show orders/billing` shows how far they are" in done.stderr
     assert (info(history).lag, info(history, "warehouse").lag) == (2, 0)
     again = handle(history, Done(), Done())
-    assert {str(claim.stored.position) for claim in again} == {"0@3", "1@2"}
+    assert {str(claim.position) for claim in again} == {"0@3", "1@2"}
 
 
 def test_a_replay_that_would_skip_events_is_refused(project: Project, history: MemoryBroker) -> None:

@@ -92,9 +92,9 @@ def settled(memory: MemoryBroker, outcome: Done | Dead) -> list[Record]:
     async def settle() -> None:
         consumer = await memory.subscribe(Subscription(SPEC, "billing", "shop"))
         claims = await consumer.fetch(100, 0)
-        await consumer.settle([Settlement(claim.stored.position, outcome) for claim in claims])
+        await consumer.settle([Settlement(claim.position, outcome) for claim in claims])
         await consumer.close()
-        found.extend(claim.stored.record for claim in claims)
+        found.extend(claim.record for claim in claims)
 
     run(settle)
     return sorted(found, key=lambda record: record.id)
@@ -160,7 +160,7 @@ def test_of_a_pack_that_waits_the_events_are_shown_that_are_left(memory: MemoryB
         await memory.append("orders", [pack(0, 1, 2, 3)])
         consumer = await memory.subscribe(Subscription(SPEC, "billing", "shop", order=True))
         (claim,) = await consumer.fetch(1, 0)
-        await consumer.settle([Settlement(claim.stored.position, Later(HELD_MS, "broken", left=(0, 2)))])
+        await consumer.settle([Settlement(claim.position, Later(HELD_MS, "broken", left=(0, 2)))])
         await consumer.close()
 
     run(wait)

@@ -73,8 +73,8 @@ def handle(outcome: Outcome | None = None, *, group: str = "billing", order: boo
         await consumer.keep()
         while claims := await consumer.fetch(100, 0):
             assert {claim.attempt for claim in claims} == {1}
-            found += [str(claim.stored.position) for claim in claims]
-            await consumer.settle([Settlement(claim.stored.position, outcome or Done()) for claim in claims])
+            found += [str(claim.position) for claim in claims]
+            await consumer.settle([Settlement(claim.position, outcome or Done()) for claim in claims])
         await consumer.close()
         return found
 

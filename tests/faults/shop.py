@@ -99,8 +99,8 @@ class Watched:
             write("up")
         claims = await self._consumer.fetch(limit, wait_s)
         for claim in claims:
-            self._claims[claim.stored.position] = claim
-            self._tell("got", claim.stored.position)
+            self._claims[claim.position] = claim
+            self._tell("got", claim.position)
         return claims
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[bool]:
@@ -120,7 +120,7 @@ class Watched:
 
     def _tell(self, word: str, position: Position) -> None:
         claim = self._claims[position]
-        write(word, claim.stored.record.id, getattr(claim, self.mark))
+        write(word, claim.record.id, getattr(claim, self.mark))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._consumer, name)
@@ -131,7 +131,7 @@ class AckFirst(Watched):
 
     async def fetch(self, limit: int, wait_s: float) -> list[Claim]:
         claims = await super().fetch(limit, wait_s)
-        await self._consumer.settle([Settlement(claim.stored.position, Done()) for claim in claims])
+        await self._consumer.settle([Settlement(claim.position, Done()) for claim in claims])
         return claims
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[bool]:

@@ -19,7 +19,7 @@ def event(number: int, key: str | None = None, partition: int = 0) -> Stored:
 
 def claims(keys: str, first: int = 1) -> list[Claim]:
     """One claim per letter, which is its key; a hyphen is an event without one."""
-    return [Claim(event(number, None if key == "-" else key), 1) for number, key in enumerate(keys, first)]
+    return [Claim.of(event(number, None if key == "-" else key), 1) for number, key in enumerate(keys, first)]
 
 
 def opened(keys: str = "", *, size: int = WINDOW, **grant: Any) -> Window:
@@ -43,7 +43,7 @@ def parking(key: str = "a", **grant: Any) -> Window:
 
 
 def head(number: int, key: str, attempt: int = 2, postponed: int = 0) -> Head:
-    return Head(key, Claim(event(number, key), attempt, 0, postponed))
+    return Head(key, Claim.of(event(number, key), attempt, 0, postponed))
 
 
 def output(number: int) -> Output:
@@ -68,7 +68,7 @@ def stored(window: Window, *, emptied: str = "", room: bool = True, alone: bool 
 
 
 def numbers(some: Iterable[Claim]) -> list[int]:
-    return [int(claim.stored.position.offset) for claim in some]
+    return [int(claim.position.offset) for claim in some]
 
 
 def written(effects: Iterable[Effect]) -> list[str]:

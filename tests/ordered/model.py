@@ -87,7 +87,7 @@ class ModelLedger:
 
     def heads(self, busy: Sequence[str], limit: int) -> list[Head]:
         due = [key for key in self.parked if key not in busy]
-        return [Head(key, Claim(self.parked[key][0], 2)) for key in due[:limit]]
+        return [Head(key, Claim.of(self.parked[key][0], 2)) for key in due[:limit]]
 
     def _apply(self, effect: Effect, covered: set[str]) -> None:
         match effect:
@@ -168,7 +168,7 @@ class World:
     def _read(self) -> None:
         cursor = self._window.cursor
         begin, room = int(cursor.after or 0), 3 if self._window.catching_up else min(3, max(0, cursor.room))
-        self._window.put(Claim(stored, 1) for stored in self.ledger.log[begin : begin + room])
+        self._window.put(Claim.of(stored, 1) for stored in self.ledger.log[begin : begin + room])
 
     def _hand_out(self) -> None:
         self._take(self._window.hand_out(self._chance.randint(1, 4)))
@@ -178,9 +178,9 @@ class World:
 
     def _take(self, claims: Sequence[Claim]) -> None:
         for claim in claims:
-            offset = claim.stored.position.offset
+            offset = claim.position.offset
             assert self._window.holds(offset)
-            self._in_hand[claim.stored.record.key or keyless(offset)].append(claim)
+            self._in_hand[claim.record.key or keyless(offset)].append(claim)
 
     def _work(self) -> None:
         keys = [key for key, queue in self._in_hand.items() if queue]
@@ -193,7 +193,7 @@ class World:
         if not queue:
             return
         claim = queue.popleft()
-        offset = claim.stored.position.offset
+        offset = claim.position.offset
         if isinstance(outcome, Later):
             self._put_back += queue
             queue.clear()
@@ -202,7 +202,7 @@ class World:
             self._last_end[key] = int(offset)
             self._completed.add(offset)
         outputs = [output(int(offset))] if isinstance(outcome, Done) and self._chance.random() < 0.5 else []
-        self._settle(Settlement(claim.stored.position, outcome, outputs))
+        self._settle(Settlement(claim.position, outcome, outputs))
 
     def _give_up(self) -> None:
         if self._put_back:

@@ -195,12 +195,12 @@ async def opened(partitions: int = 1) -> Place:
 
 
 def positions(some: Sequence[Claim]) -> list[Position]:
-    return [claim.stored.position for claim in some]
+    return [claim.position for claim in some]
 
 
 def settlement(claim: Claim, outcome: Outcome | None = None, *, mail: str = "") -> Settlement:
     outputs = [Output("mails", Record(0, mail, "mail.sent", b"{}"))] if mail else []
-    return Settlement(claim.stored.position, outcome or Done(), outputs)
+    return Settlement(claim.position, outcome or Done(), outputs)
 
 
 def later(claim: Claim, at_ms: int = 0) -> Settlement:

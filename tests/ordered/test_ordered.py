@@ -81,7 +81,7 @@ async def test_a_full_broker_stores_what_needs_no_room_of_all_partitions_before_
     await place.publish("cd", 1)
     claims = await consumer.fetch(10, 0)
     script.next("commit", answers([Committed(State.FULL), Committed(State.FULL)]))
-    mailing = [claim.stored.record.key in ("a", "c") for claim in claims]
+    mailing = [claim.record.key in ("a", "c") for claim in claims]
     settlements = [
         settlement(claim, mail="sent") if mails else later(claim) for claim, mails in zip(claims, mailing, strict=True)
     ]
@@ -101,11 +101,11 @@ async def test_outputs_of_several_events_without_room_together_are_stored_event_
     for fault in (answers([Committed(State.FULL)]), works, answers([Committed(State.FULL)])):
         script.next("commit", fault)
     with pytest.raises(BrokerFull):
-        await consumer.settle([settlement(claim, mail=claim.stored.record.id) for claim in claims])
+        await consumer.settle([settlement(claim, mail=claim.record.id) for claim in claims])
     assert [commit.several for [commit] in script.asked("commit")] == [True, False, False]
-    ids = [claim.stored.record.id for claim in claims]
+    ids = [claim.record.id for claim in claims]
     assert await place.mails() == ids[:1] and place.group.parts[0].w == 1
-    rest = [settlement(claim, mail=claim.stored.record.id) for claim in claims[1:]]
+    rest = [settlement(claim, mail=claim.record.id) for claim in claims[1:]]
     assert await consumer.settle(rest) == [True, True]
     assert await place.mails() == ids
 
@@ -137,7 +137,7 @@ async def test_what_somebody_else_has_is_refused_told_once_and_not_acquired_befo
     assert await consumer.settle([settlement(claims[1])]) == [False]
     await place.clock.advance(1)
     before = len(script.asked("acquire"))
-    assert (await consumer.keep()).lost == {claims[1].stored.position, claims[2].stored.position}
+    assert (await consumer.keep()).lost == {claims[1].position, claims[2].position}
     assert len(script.asked("acquire")) == before and await consumer.fetch(10, 0) == []
     assert (await consumer.keep()).lost == frozenset()
     assert len(script.asked("acquire")) == before + 1
@@ -154,9 +154,9 @@ async def test_a_look_finds_what_was_lost() -> None:
     place.group.parts[1].fence()
     await place.clock.advance(1)
     kept = await consumer.keep()
-    assert kept.lost == {claim.stored.position for claim in claims if claim.stored.position.partition == 1}
+    assert kept.lost == {claim.position for claim in claims if claim.position.partition == 1}
     results = await consumer.settle([settlement(claim) for claim in claims])
-    assert results == [claim.stored.position.partition == 0 for claim in claims]
+    assert results == [claim.position.partition == 0 for claim in claims]
 
 
 async def test_the_end_of_a_life_loses_all_and_the_next_beat_begins_another() -> None:
@@ -206,12 +206,12 @@ async def test_a_handler_of_a_suspect_does_not_start_without_the_lease() -> None
     with pytest.raises(LeaseLost):
         await consumer.begin([unknown])
     [claim] = await consumer.fetch(10, 0)
-    await consumer.begin([claim.stored.position])
+    await consumer.begin([claim.position])
     assert script.asked("begin") == [(0, ["1"])]
     place.group.parts[0].fence()
     with pytest.raises(LeaseLost):
-        await consumer.begin([claim.stored.position])
-    assert (await consumer.keep()).lost == {claim.stored.position}
+        await consumer.begin([claim.position])
+    assert (await consumer.keep()).lost == {claim.position}
 
 
 async def test_a_life_that_ends_while_it_begins_is_tried_again() -> None:
@@ -316,7 +316,7 @@ async def test_what_others_ask_for_is_told_once_and_given_to_them_after_its_prog
     assert (part.owner, part.next, part.clean, part.w) == ("", theirs.asked("enter")[0], True, 2)
     await place.clock.advance(1)
     await second.keep()
-    assert [claim.stored.record.key for claim in await second.fetch(10, 0)] == ["c"]
+    assert [claim.record.key for claim in await second.fetch(10, 0)] == ["c"]
 
 
 async def test_who_leaves_looks_once_however_many_partitions_are_given_back() -> None:
@@ -384,7 +384,7 @@ async def test_what_is_lost_or_acquired_anew_while_it_is_released_is_left_alone(
         place.group.parts[1 - released].fence()
         assert {position.partition for position in (await consumer.keep()).lost} == {1 - released}
         [again] = await consumer.fetch(10, 0)
-        assert again.stored.position in positions(claims) and again.stored.position.partition == released
+        assert again.position in positions(claims) and again.position.partition == released
         answered.set()
     assert script.asked("release") == [(released, "")]
     assert await consumer.settle([settlement(again)]) == [True]

@@ -127,7 +127,7 @@ async def test_every_partition_has_its_turn() -> None:
     for partition in range(3):
         await place.publish("abcdef", partition)
     await consumer.fetch(1, 0)
-    assert {claim.stored.position.partition for _ in range(3) for claim in await consumer.fetch(1, 0)} == {0, 1, 2}
+    assert {claim.position.partition for _ in range(3) for claim in await consumer.fetch(1, 0)} == {0, 1, 2}
 
 
 async def test_what_a_few_fetches_take_of_a_partition_goes_out_together() -> None:
@@ -136,7 +136,7 @@ async def test_what_a_few_fetches_take_of_a_partition_goes_out_together() -> Non
     for partition in range(3):
         await place.publish("abcdef", partition)
     claims = [claim for _ in range(9) for claim in await consumer.fetch(2, 0)]
-    found = [claim.stored.position.partition for claim in claims]
+    found = [claim.position.partition for claim in claims]
     changes = sum(one != other for one, other in pairwise(found))
     assert (len(found), set(found), changes) == (18, {0, 1, 2}, 2)
 
@@ -275,9 +275,9 @@ async def test_a_partition_waits_when_too_much_of_it_is_parked_and_says_so_once_
     assert len(caplog.records) == 2
     await place.clock.advance(5)
     heads = await consumer.fetch(1, 0)
-    assert [claim.stored.record.key for claim in heads] == ["a"]
+    assert [claim.record.key for claim in heads] == ["a"]
     assert await consumer.settle([settlement(heads[0])]) == [True]
-    found = [claim.stored.record.key for _ in range(2) for claim in await consumer.fetch(10, 0)]
+    found = [claim.record.key for _ in range(2) for claim in await consumer.fetch(10, 0)]
     assert sorted(filter(None, found)) == ["b", "c", "d"]
 
 

@@ -104,7 +104,7 @@ class Group:
 
 
 def event(number: int) -> Claim:
-    return Claim(Stored(Position(0, str(number)), Record(0, str(number), "order.placed", b"{}", "a")), 1)
+    return Claim.of(Stored(Position(0, str(number)), Record(0, str(number), "order.placed", b"{}", "a")), 1)
 
 
 def outcome(number: int, how: Outcome | None = None) -> Settlement:
@@ -193,9 +193,7 @@ async def test_a_handler_that_takes_long_does_not_keep_its_process_idle() -> Non
         group.events = [event(number) for number in range(2, 9)]
         waiting = asyncio.create_task(beats(consumer, clock, 120.0))
         while group.events:
-            await consumer.settle(
-                [outcome(int(claim.stored.position.offset)) for claim in await consumer.fetch(1, 5.0)]
-            )
+            await consumer.settle([outcome(int(claim.position.offset)) for claim in await consumer.fetch(1, 5.0)])
         assert not group.order
         await consumer.settle([outcome(1)])
         await waiting

@@ -239,7 +239,7 @@ def test_one_commit_takes_so_many_bytes_of_dead_letters(monkeypatch: pytest.Monk
 
 
 def test_nothing_is_looked_at_behind_the_last_settled_event_and_the_old_h() -> None:
-    slots = [Slot(claim, claim.stored.position.offset, str(number)) for number, claim in enumerate(claims("a" * 9), 1)]
+    slots = [Slot(claim, claim.position.offset, str(number)) for number, claim in enumerate(claims("a" * 9), 1)]
     slots[1].phase = Phase.SETTLED
     rest = iter(slots)
     assert ahead(rest, 1, "", Portion()) == ("2", ["1"], [slots[1]])
@@ -472,7 +472,7 @@ def test_without_h_there_is_nothing_to_catch_up() -> None:
 
 def test_after_a_crash_what_its_owner_may_have_seen_is_suspect() -> None:
     window = opened("abcde", clean=False, last="4", h="2", open=frozenset("1"), notes={"3": 2, "4": 0})
-    found = [(claim.stored.position.offset, claim.attempt, claim.suspect) for claim in window.hand_out(10)]
+    found = [(claim.position.offset, claim.attempt, claim.suspect) for claim in window.hand_out(10)]
     assert found == [("1", 1, 1), ("3", 3, 3), ("4", 1, 1), ("5", 1, 0)]
 
 

@@ -249,7 +249,7 @@ def test_what_is_given_back_comes_again_as_if_it_had_never_been() -> None:
     window.give_back()
     assert window.held() == [] and window.at_rest()
     assert not settle(window, 1)
-    assert [(claim.attempt, int(claim.stored.position.offset)) for claim in window.hand_out(10)] == [
+    assert [(claim.attempt, int(claim.position.offset)) for claim in window.hand_out(10)] == [
         (1, 1),
         (1, 3),
         (1, 4),

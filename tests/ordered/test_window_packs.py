@@ -41,7 +41,7 @@ def bury(part: int, attempts: int = 1) -> Bury:
 def fresh(outcome: Outcome, *letters: Letter, outputs: Sequence[Output] = ()) -> Window:
     """A window with a pack that was handed out and has come to this end."""
     window = Window(Grant(0, 1, "6"))
-    window.put([Claim(PACK, 1)])
+    window.put([Claim.of(PACK, 1)])
     assert [claim.stored for claim in window.hand_out(1)] == [PACK]
     assert window.settle(Settlement(PACK.position, outcome, outputs, (), letters))
     return window
@@ -50,7 +50,7 @@ def fresh(outcome: Outcome, *letters: Letter, outputs: Sequence[Output] = ()) ->
 def tried(outcome: Outcome, *letters: Letter, left: Sequence[int] = (0, 1, 3)) -> Window:
     """A window with a parked pack, of which so much was left, that has come to this end."""
     window = Window(Grant(0, 1, "7", parked=frozenset("a"), events_parked=1))
-    window.begin([Head("a", Claim(PACK, 2, left=left))])
+    window.begin([Head("a", Claim.of(PACK, 2, left=left))])
     assert window.settle(Settlement(PACK.position, outcome, [OUTPUT], (), letters))
     return window
 
@@ -96,7 +96,7 @@ def test_where_nothing_is_said_all_that_was_left_is_left_again() -> None:
 
 def test_a_parked_pack_that_is_handed_back_keeps_what_is_left_of_it() -> None:
     window = Window(Grant(0, 1, "7", parked=frozenset("a"), events_parked=1))
-    window.begin([Head("a", Claim(PACK, 2, left=(3,)))])
+    window.begin([Head("a", Claim.of(PACK, 2, left=(3,)))])
     window.give_back()
     assert commit(window).effects == [Delay("a", "7", 0, 1, 0, left=(3,))]
 
@@ -133,7 +133,7 @@ def test_a_key_goes_on_when_what_found_no_room_is_finished() -> None:
     refused(window)
     window.answered(STORED)
     assert window.parked == {key}
-    window.begin([Head(key, Claim(PACK, 1, left=[1, 2]))])
+    window.begin([Head(key, Claim.of(PACK, 1, left=[1, 2]))])
     assert window.settle(Settlement(PACK.position, Done()))
     commit(window)
     window.answered(Committed(State.STORED, frozenset([key])))

@@ -57,7 +57,7 @@ async def claimed(consumer: RedisConsumer, count: int, *, beats: bool = False) -
 
 
 async def settled(consumer: RedisConsumer, claims: Sequence[Claim], outcome: Outcome | None = None) -> list[bool]:
-    return await consumer.settle([Settlement(claim.stored.position, outcome or Done()) for claim in claims])
+    return await consumer.settle([Settlement(claim.position, outcome or Done()) for claim in claims])
 
 
 async def persistent(call: Any, *args: Any) -> Any:
@@ -73,7 +73,7 @@ async def persistent(call: Any, *args: Any) -> Any:
 
 
 def ids(claims: Sequence[Claim]) -> list[str]:
-    return [claim.stored.record.id for claim in claims]
+    return [claim.record.id for claim in claims]
 
 
 def soon(seconds: float = 0.0) -> Later:

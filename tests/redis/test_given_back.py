@@ -43,10 +43,10 @@ async def test_what_is_given_back_while_the_answer_to_its_end_is_lost_is_handled
             await consumer.settle([settled(first, Done()), settled(claim, Done())])
             await broker.append("orders", [replace(record, key=None) for record in records(1)])
             (claim,) = await claims(consumer, 1)
-            given, done = claim.stored, Settlement(claim.stored.position, Done())
+            given, done = claim.stored, Settlement(claim.position, Done())
         else:
             await consumer.settle([settled(first, Done())])  # so that the server knows all scripts
-            given, done = Stored(part(claim, 3), packs.read(claim.stored.record, "").record(3)), settled(claim, Done())
+            given, done = Stored(part(claim, 3), packs.read(claim.record, "").record(3)), settled(claim, Done())
         lose_answer(writer_of(consumer))
         with pytest.raises(BrokerDown):
             await consumer.settle([done])
@@ -56,7 +56,7 @@ async def test_what_is_given_back_while_the_answer_to_its_end_is_lost_is_handled
         (again,) = early or await claims(consumer, 1)
         assert (again.stored, again.left) in [(given, ()), (claim.stored, (3,))]
         assert (await broker.admin.groups("orders"))[0].pending == 1
-        assert await consumer.settle([Settlement(again.stored.position, Done())]) == [True]
+        assert await consumer.settle([Settlement(again.position, Done())]) == [True]
         assert (await broker.admin.groups("orders"))[0].pending == 0
 
 

@@ -161,7 +161,7 @@ async def test_an_entry_that_is_no_event_is_claimed_with_its_fault(server: Redis
     async with alone(server) as (broker, consumer):
         run_in(server, "XADD", LOG, "*", "hello", "world")
         (claim,) = await claimed(consumer, 1)
-        assert claim.fault and not claim.stored.record.type and b"hello" in claim.stored.record.data
+        assert claim.fault and not claim.record.type and b"hello" in claim.record.data
         await settled(consumer, [claim], soon())
         (claim,) = await claimed(consumer, 1)
         assert claim.fault and claim.attempt == 2
@@ -253,7 +253,7 @@ async def test_a_silent_member_is_taken_over_within_a_second_of_its_lease(server
         assert ids(claims) == ids(held)
         assert {(claim.attempt, claim.suspect) for claim in claims} == {(2, 1)}
         assert await settled(silent, held) == [False] * 3, "a zombie settles nothing"
-        assert (await silent.keep()).lost == {claim.stored.position for claim in held}
+        assert (await silent.keep()).lost == {claim.position for claim in held}
         assert await settled(consumer, claims) == [True] * 3
         await broker.append("orders", records(1, first=3))
         assert len(await claimed(silent, 1)) == 1, "it lives on under another name"
@@ -285,7 +285,7 @@ async def test_what_a_fenced_member_held_is_lost_once_and_before_it_claims_again
         assert await consumer.fetch(10, 0) == [] and await consumer.fetch(10, 0.05) == []
         with pytest.raises(LeaseLost):
             await consumer.begin([held[0].stored.position])
-        assert (await consumer.keep()).lost == {claim.stored.position for claim in held}
+        assert (await consumer.keep()).lost == {claim.position for claim in held}
         assert not (await consumer.keep()).lost
         assert ids(await claimed(consumer, 2)) == ids(held)
 
@@ -319,7 +319,7 @@ async def test_suspects_are_narrowed_down_in_two_steps(server: RedisServer) -> N
             """A member that takes all three, starts some of them, and is taken over."""
             victim = await joined(broker)
             claims = await claimed(victim, 3)
-            await victim.begin([claim.stored.position for claim in claims[:started]])
+            await victim.begin([claim.position for claim in claims[:started]])
             life_of(victim).close()
             with Raw(server.port) as redis:
                 redis.evict(life_of(victim).name, redis.score(life_of(victim).name))

@@ -62,7 +62,7 @@ async def test_a_lost_connection_costs_no_event_and_no_attempt(server: RedisServ
             await broker.append("orders", records(10, first=10 * number))
             claims = await persistent(consumer.fetch, 10, 0.1)
             async with asyncio.TaskGroup() as group:
-                acks = [Settlement(claim.stored.position, Done()) for claim in claims]
+                acks = [Settlement(claim.position, Done()) for claim in claims]
                 settling = group.create_task(persistent(consumer.settle, acks))
                 fetching = group.create_task(persistent(consumer.fetch, 5, 0.02))
                 for id_ in clients(server, side):
@@ -196,7 +196,7 @@ async def test_another_life_of_the_server_ends_that_of_the_consumer() -> None:
                 assert await settled(consumer, [done]) == [True]
                 server.restart()
                 assert await persistent(settled, consumer, held) == [False] * 2
-                assert (await persistent(consumer.keep)).lost == {claim.stored.position for claim in held}
+                assert (await persistent(consumer.keep)).lost == {claim.position for claim in held}
                 again = await claimed(consumer, 2)
                 assert [(claim.attempt, claim.suspect) for claim in again] == [(2, 0)] * 2
                 assert ids(again) == ids(held) and await settled(consumer, again) == [True] * 2
@@ -213,7 +213,7 @@ async def test_after_another_life_of_the_server_nothing_is_claimed_before_the_lo
             server.restart()
             # It is this call that finds out; the worker still believes to hold them, and would drop them when it is told.
             assert await persistent(consumer.fetch, 10, 0.2) == []
-            assert (await persistent(consumer.keep)).lost == {claim.stored.position for claim in held}
+            assert (await persistent(consumer.keep)).lost == {claim.position for claim in held}
             again = await claimed(consumer, 3)
             assert not (await persistent(consumer.keep)).lost and await settled(consumer, again) == [True] * 3
             await consumer.close()
@@ -243,8 +243,8 @@ async def test_at_maxmemory_acks_retries_and_beats_go_on(server: RedisServer) ->
                 Settlement(
                     staged.stored.position, Done(), [Output("orders", record) for record in records(1, first=6)]
                 ),
-                Settlement(acked.stored.position, Done()),
-                Settlement(retried.stored.position, soon()),
+                Settlement(acked.position, Done()),
+                Settlement(retried.position, soon()),
             ]
             for _ in range(2):
                 with pytest.raises(BrokerFull):

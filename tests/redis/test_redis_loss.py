@@ -77,7 +77,7 @@ async def beaten(consumer: Consumer, met: Callable[[], Awaitable[bool]]) -> list
 
 
 async def finished(consumer: Consumer, claims: Sequence[Claim]) -> None:
-    assert all(await consumer.settle([Settlement(claim.stored.position, Done()) for claim in claims]))
+    assert all(await consumer.settle([Settlement(claim.position, Done()) for claim in claims]))
 
 
 async def worked_off(broker: RedisBroker, consumer: Consumer, done: int) -> None:

@@ -77,7 +77,7 @@ async def claimed(consumer: OrderedConsumer, count: int) -> list[Claim]:
 
 
 async def settled(consumer: OrderedConsumer, claims: Sequence[Claim], outcome: Outcome | None = None) -> list[bool]:
-    return await consumer.settle([Settlement(claim.stored.position, outcome or Done()) for claim in claims])
+    return await consumer.settle([Settlement(claim.position, outcome or Done()) for claim in claims])
 
 
 def group(server: RedisServer, log: bytes = LOG) -> dict[bytes, object]:
@@ -179,7 +179,7 @@ async def test_a_member_that_was_thrown_out_goes_on_at_once_and_blames_nobody(se
         run_in(server, "DEL", former._fence)
         assert await settled(consumer, claims[2:3]) == [True], "the lease is still its own"
         lost = (await consumer.keep()).lost | (await consumer.keep()).lost
-        assert lost == {claim.stored.position for claim in claims[3:]}
+        assert lost == {claim.position for claim in claims[3:]}
         again = await claimed(consumer, 2)
         assert ids(again) == ["id-3", "id-4"] and {claim.suspect for claim in again} == {0}
         assert again[0].token > claims[0].token and lives(consumer) == "2"
@@ -222,7 +222,7 @@ async def test_a_log_that_begins_anew_behind_its_readers_is_noticed_without_an_e
         run_in(server, "DEL", LOG)
         run_in(server, "XADD", LOG, f"{last.partition('-')[0]}-0", "type", "t", "data", "{}")
         (claim,) = await claimed(consumer, 1)
-        assert claim.stored.position.offset.endswith("-0") and await settled(consumer, [claim]) == [True]
+        assert claim.position.offset.endswith("-0") and await settled(consumer, [claim]) == [True]
 
 
 async def test_a_group_that_is_destroyed_under_its_owner_goes_on_where_it_was(server: RedisServer) -> None:
@@ -295,9 +295,9 @@ async def test_at_maxmemory_a_member_works_on_and_only_dead_letters_wait(server:
         claims = await claimed(consumer, 7)
         run_in(server, "CONFIG", "SET", "maxmemory", 1)
         try:
-            ends = [Settlement(claims[0].stored.position, Dead("failed", "broken"))]
-            ends += [Settlement(claim.stored.position, Done()) for claim in claims[1:6]]
-            ends += [Settlement(claims[6].stored.position, Later(0, "busy"))]
+            ends = [Settlement(claims[0].position, Dead("failed", "broken"))]
+            ends += [Settlement(claim.position, Done()) for claim in claims[1:6]]
+            ends += [Settlement(claims[6].position, Later(0, "busy"))]
             with pytest.raises(BrokerFull):
                 await consumer.settle(ends)
             await consumer.keep()
@@ -340,7 +340,7 @@ async def test_the_bound_of_dead_letters_makes_their_keys_wait(
         assert await settled(consumer, claims[1:], Dead("failed")) == [True]
         assert run_in(server, "XLEN", DEAD) == 1
         (key,) = await broker.admin.keys("orders", GROUP)
-        assert key.first == claims[1].stored.position and key.due_ms is not None and key.attempts == 0
+        assert key.first == claims[1].position and key.due_ms is not None and key.attempts == 0
 
 
 # Ways of consuming
@@ -356,13 +356,13 @@ async def test_a_group_at_rest_may_change_its_way_and_one_at_work_may_not(server
             claims: list[Claim] = []
             while len(claims) < 8:
                 claims += await queue.fetch(8 - len(claims), 0.1)
-        assert all(await queue.settle([Settlement(claim.stored.position, Done()) for claim in claims[:7]]))
+        assert all(await queue.settle([Settlement(claim.position, Done()) for claim in claims[:7]]))
         late = Later(clock.now_ms() + 60_000, "busy")
-        assert await queue.settle([Settlement(claims[7].stored.position, late)]) == [True]
+        assert await queue.settle([Settlement(claims[7].position, late)]) == [True]
         await queue.close()
         with pytest.raises(NotSupported, match="order='none'"):
             await Lives(broker, Subscription(MANY, GROUP, "app", lease_s=LEASE_S, order=True))().enter()
-        at = claims[7].stored.position
+        at = claims[7].position
         log = Keys("", "many", 4).log(at.partition)
         run_in(server, "XACK", log, GROUP, at.offset)
         run_in(server, "DEL", Keys("", "many", 4).due(at.partition, GROUP))
@@ -404,7 +404,7 @@ async def test_one_connection_reads_all_partitions_and_a_full_one_is_left_out(se
         claims = await claimed(consumer, 400)
         assert len(clients(server, "reader")) == 1
         for partition in range(4):
-            mine = [claim.stored.record.id for claim in claims if claim.stored.position.partition == partition]
+            mine = [claim.record.id for claim in claims if claim.position.partition == partition]
             assert mine == [f"id-{number}" for number in range(partition, 400, 4)]
         assert all(await settled(consumer, claims))
         (info,) = await broker.admin.groups("many")
@@ -434,11 +434,9 @@ async def test_a_backlog_in_many_partitions_is_read_in_pages_of_some_of_them(
         brought = brought_by(life_of(consumer), monkeypatch)
         claims = await claimed(consumer, 32 * 400)
         assert max(brought) <= MAX_EVENTS
-        assert {claim.stored.position.partition for claim in claims[: (32 // MAX_BUSY + 1) * MAX_EVENTS]} == set(
-            range(32)
-        )
+        assert {claim.position.partition for claim in claims[: (32 // MAX_BUSY + 1) * MAX_EVENTS]} == set(range(32))
         for partition in range(32):
-            mine = [claim.stored.record.id for claim in claims if claim.stored.position.partition == partition]
+            mine = [claim.record.id for claim in claims if claim.position.partition == partition]
             assert mine == [f"id-{number}" for number in range(partition, 32 * 400, 32)]
 
 

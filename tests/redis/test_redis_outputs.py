@@ -69,7 +69,7 @@ def mails(count: int, *, first: int = 0, size_bytes: int = 20, **changes: Any) -
 
 
 def settled(claim: Claim, outputs: Sequence[Output] = ()) -> Settlement:
-    return Settlement(claim.stored.position, Done(), outputs)
+    return Settlement(claim.position, Done(), outputs)
 
 
 async def stored(broker: RedisBroker) -> list[int]:
@@ -266,7 +266,7 @@ async def test_outputs_go_with_every_outcome_and_each_is_stored_once(server: Red
     async with consuming(server, False, 3) as (broker, consumer, claims):
         outcomes: tuple[Outcome, ...] = Done(), Later(clock.now_ms() + 60_000, "busy"), Dead("failed", "why")
         settlements = [
-            Settlement(claim.stored.position, outcome, mails(2, first=2 * n))
+            Settlement(claim.position, outcome, mails(2, first=2 * n))
             for n, (claim, outcome) in enumerate(zip(claims, outcomes, strict=True))
         ]
         assert await consumer.settle([*settlements, *settlements]) == [True] * 3 + [False] * 3
@@ -278,7 +278,7 @@ async def test_outputs_go_with_every_outcome_and_each_is_stored_once(server: Red
 async def test_a_suspects_outputs_go_with_its_outcome_too(server: RedisServer) -> None:
     async with consuming(server, False, 1) as (broker, consumer, claims):
         assert isinstance(consumer, RedisConsumer)
-        await consumer.begin([claims[0].stored.position])
+        await consumer.begin([claims[0].position])
         assert await consumer.settle([settled(claims[0], mails(2))]) == [True]
         assert await stored(broker) == [1, 1] and not run_in(server, "EXISTS", "{orders}:note:g")
 

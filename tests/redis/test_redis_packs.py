@@ -67,9 +67,9 @@ async def claims(consumer: Consumer, count: int) -> list[Claim]:
 
 
 def settled(claim: Claim, outcome: Outcome, dying: Sequence[int] = (), outputs: int = 0) -> Settlement:
-    events = packs.read(claim.stored.record, claim.stored.position.offset)
+    events = packs.read(claim.record, claim.position.offset)
     letters = [Letter(part, events.record(part), "failed", "broken") for part in dying]
-    return Settlement(claim.stored.position, outcome, mails(outputs, derived=True), letters=letters)
+    return Settlement(claim.position, outcome, mails(outputs, derived=True), letters=letters)
 
 
 def left(*parts: int) -> Later:
@@ -81,7 +81,7 @@ async def dead(broker: RedisBroker) -> list[Position]:
 
 
 def part(claim: Claim, number: int) -> Position:
-    position = claim.stored.position
+    position = claim.position
     return Position(position.partition, packs.part_offset(position.offset, number))
 
 
@@ -117,8 +117,8 @@ async def test_at_maxmemory_letters_wait_and_all_else_goes_on(server: RedisServe
             run_in(server, "CONFIG", "SET", "maxmemory", 0)
         await consumer.settle(settlements)
         assert await dead(broker) == [part(dying, 1)]
-        again = {claim.stored.position: list(claim.left) for claim in await claims(consumer, 2)}
-        assert again == {dying.stored.position: [0], retried.stored.position: [4]}
+        again = {claim.position: list(claim.left) for claim in await claims(consumer, 2)}
+        assert again == {dying.position: [0], retried.position: [4]}
 
 
 @both_modes
@@ -181,11 +181,11 @@ async def test_the_letter_of_an_event_keeps_its_pack(server: RedisServer) -> Non
 async def test_an_event_of_a_pack_is_given_once_more_alone(server: RedisServer, order: bool) -> None:
     async with consuming(server, order) as (broker, consumer, [claim]):
         assert await consumer.settle([settled(claim, Done())]) == [True]
-        events = packs.read(claim.stored.record, claim.stored.position.offset)
+        events = packs.read(claim.record, claim.position.offset)
         given = [Stored(part(claim, number), events.record(number)) for number in (3, 1)]
         assert await broker.admin.give("orders", GROUP, [*given, given[0]]) == 2
         assert len(await broker.admin.pending("orders", GROUP, 10)) == (2 if order else 1)
         found = await claims(consumer, 2 if order else 1)
-        parts = [(packs.part_of(again.stored.position.offset)[1], *again.left) for again in found]
+        parts = [(packs.part_of(again.position.offset)[1], *again.left) for again in found]
         assert sorted(parts, key=str) == ([(1,), (3,)] if order else [(None, 1, 3)])
-        assert all(await consumer.settle([Settlement(again.stored.position, Done()) for again in found]))
+        assert all(await consumer.settle([Settlement(again.position, Done()) for again in found]))

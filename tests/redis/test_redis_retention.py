@@ -195,7 +195,7 @@ async def test_letters_keep_their_events_in_whatever_order_they_died(
 
 
 def offset(claims: list[Any], n: int) -> str:
-    found: str = claims[n].stored.position.offset
+    found: str = claims[n].position.offset
     return found
 
 

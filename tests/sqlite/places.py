@@ -93,11 +93,11 @@ def records(*names: str, partition: int = 0, size_bytes: int = 20) -> list[Recor
 
 
 def ids(claims: list[Claim]) -> list[str]:
-    return [claim.stored.record.id for claim in claims]
+    return [claim.record.id for claim in claims]
 
 
 def outcomes(claims: list[Claim], outcome: Outcome | None = None) -> list[Settlement]:
-    return [Settlement(claim.stored.position, outcome or Done()) for claim in claims]
+    return [Settlement(claim.position, outcome or Done()) for claim in claims]
 
 
 async def eventually(ask: Callable[[], Awaitable[T]], met: Callable[[T], object]) -> T:

@@ -45,8 +45,8 @@ async def consume(broker: SQLiteBroker, order: str = "") -> None:
         while True:
             claims = await consumer.fetch(20, 1.0)
             for claim in claims:
-                say(claim.stored.record.id)
-            await consumer.settle([Settlement(claim.stored.position, Done()) for claim in claims])
+                say(claim.record.id)
+            await consumer.settle([Settlement(claim.position, Done()) for claim in claims])
 
 
 async def beat(consumer: Consumer) -> None:
@@ -61,8 +61,8 @@ async def echo(broker: SQLiteBroker) -> None:
     say("ready")
     while True:
         for claim in await consumer.fetch(1, 1.0):
-            say((time.monotonic_ns() - int(claim.stored.record.data)) // 1_000)
-            await consumer.settle([Settlement(claim.stored.position, Done())])
+            say((time.monotonic_ns() - int(claim.record.data)) // 1_000)
+            await consumer.settle([Settlement(claim.position, Done())])
 
 
 async def contend(broker: SQLiteBroker, seconds: str) -> None:

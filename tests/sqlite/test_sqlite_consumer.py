@@ -134,7 +134,7 @@ async def test_a_consumer_that_was_evicted_claims_nothing_before_it_told_what_it
         await eventually(beat, lambda count: count == 1)
         await broker.append("orders", records("c"))
         assert await zombie.fetch(5, 0.05) == []
-        assert (await zombie.keep()).lost == {claim.stored.position for claim in held}
+        assert (await zombie.keep()).lost == {claim.position for claim in held}
         again, new = await zombie.fetch(5, 1.0)
         assert (again.attempt, again.suspect) == (2, 1)
         assert ids([new]) == ["c"]
@@ -191,7 +191,7 @@ async def test_a_busy_partition_does_not_starve_the_others(tmp_path: Path) -> No
         for partition in range(2):
             names = [f"p{partition}-{n}" for n in range(50)]
             await broker.append("orders", records(*names, partition=partition))
-        seen = {claim.stored.position.partition for _ in range(2) for claim in await consumer.fetch(10, 0)}
+        seen = {claim.position.partition for _ in range(2) for claim in await consumer.fetch(10, 0)}
         assert seen == {0, 1}
         await consumer.close()
 
@@ -217,7 +217,7 @@ async def test_no_statement_of_a_healthy_group_scans_a_table(tmp_path: Path) -> 
         one, two = await joined(broker), await joined(broker)
         await broker.append("orders", records("a", "b", "c", "d"))
         claims = await one.fetch(4, 0)
-        await one.begin([claims[0].stored.position])
+        await one.begin([claims[0].position])
         await one.settle(
             [*outcomes(claims[1:2], Later(0, "x")), *outcomes(claims[2:3], Dead("failed")), *outcomes(claims[3:])]
         )

@@ -125,7 +125,7 @@ async def test_only_the_first_event_of_a_key_is_delayed_or_removed(tmp_path: Pat
         assert await ledger.heads(0, grant.epoch, ["a"], 10) == ([], float("inf"))
         heads = await ledger.heads(0, grant.epoch, [], 10)
         assert heads is not None
-        assert [(head.key, head.claim) for head in heads.heads] == [("a", Claim(two, 1, token=1))]
+        assert [(head.key, head.claim) for head in heads.heads] == [("a", Claim.of(two, 1, token=1))]
 
 
 async def test_who_had_a_lease_before_changes_nothing_any_more(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ async def test_on_a_full_disk_what_needs_no_room_is_stored_all_the_same(tmp_path
         claims = await eventually(lambda: consumer.fetch(2, 0.1), bool)
         claims += await consumer.fetch(2, 0.1) if len(claims) < 2 else []
         await broker.writer.ask(lambda db: db.execute("PRAGMA max_page_count = 1").fetchall())
-        dead, done = sorted(claims, key=lambda claim: claim.stored.position.partition)
+        dead, done = sorted(claims, key=lambda claim: claim.position.partition)
         settlements = [*outcomes([dead], Dead("failed")), *outcomes([done])]
         with pytest.raises(BrokerFull):
             await consumer.settle(settlements)
@@ -265,9 +265,9 @@ async def test_a_partition_with_much_to_read_leaves_room_for_the_others(tmp_path
         for partition in range(2):
             await stored(broker, "a" * 50, partition)
         claims = await ledger.read({0: Cursor("", 100, 1), 1: Cursor("45", 100, 2)}, 20, 0)
-        assert [claim.stored.position.partition for claim in claims] == [0] * 10 + [1] * 5
+        assert [claim.position.partition for claim in claims] == [0] * 10 + [1] * 5
         assert [claim.token for claim in claims] == [1] * 10 + [2] * 5
-        assert claims[-1].stored.position == Position(1, "50")
+        assert claims[-1].position == Position(1, "50")
 
 
 async def test_what_a_killed_process_had_goes_on_in_order_in_another_one(tmp_path: Path) -> None:
@@ -309,7 +309,7 @@ async def test_the_next_member_begins_where_the_last_one_left_off(tmp_path: Path
             return claims
 
         await eventually(fetched, lambda claims: len(claims) == 4)
-        by_id = {claim.stored.record.id: claim for claim in claims}
+        by_id = {claim.record.id: claim for claim in claims}
         failed = Settlement(by_id["a0"].stored.position, Later(0, "busy"))
         behind = Settlement(by_id["a1"].stored.position, Later(0, "", counted=False))
         done = outcomes([by_id["b2"]])
@@ -326,7 +326,7 @@ async def test_the_next_member_begins_where_the_last_one_left_off(tmp_path: Path
             return again
 
         await eventually(handled, lambda again: len(again) == 3)
-        assert {(claim.stored.record.id, claim.attempt, claim.suspect) for claim in again} == {
+        assert {(claim.record.id, claim.attempt, claim.suspect) for claim in again} == {
             ("a0", 2, 0),
             ("a1", 1, 0),
             ("c0", 1, 0),
@@ -544,7 +544,7 @@ async def test_a_file_of_the_first_version_is_upgraded_and_keeps_all_that_it_has
             await entered(broker)
         consumer = await joined(broker)
         claims = await consumer.fetch(10, 1.0)
-        assert [(claim.stored.record.id, claim.attempt) for claim in claims] == [("e-2", 2), ("e-3", 1)]
+        assert [(claim.record.id, claim.attempt) for claim in claims] == [("e-2", 2), ("e-3", 1)]
         assert await consumer.settle(outcomes(claims)) == [True, True]
         await consumer.close()
         ledger = await entered(beside)

@@ -53,16 +53,16 @@ def new_pack(name: str, key: str | None = None) -> Record:
 
 
 def event(claim: Claim, part: int) -> Record:
-    return packs.read(claim.stored.record, claim.stored.position.offset).record(part)
+    return packs.read(claim.record, claim.position.offset).record(part)
 
 
 def place(claim: Claim, part: int) -> Position:
-    return Position(0, packs.part_offset(claim.stored.position.offset, part))
+    return Position(0, packs.part_offset(claim.position.offset, part))
 
 
 def settlement(claim: Claim, outcome: Outcome, *dying: int) -> Settlement:
     letters = [Letter(part, event(claim, part), "failed", "why") for part in dying]
-    return Settlement(claim.stored.position, outcome, letters=letters)
+    return Settlement(claim.position, outcome, letters=letters)
 
 
 async def one(consumer: Consumer) -> Claim:

@@ -75,7 +75,7 @@ async def test_partitions_that_are_many_are_read_in_turn(tmp_path: Path) -> None
             claims = await ledger.read(cursors, ordered.MAX_PAGES, 0)
             assert len(claims) == min(len(cursors), ordered.MAX_PAGES)
             for claim in claims:
-                position = claim.stored.position
+                position = claim.position
                 read.append(position.partition)
                 cursors[position.partition] = Cursor(position.offset, 10, 1)
                 if position.offset == "3":

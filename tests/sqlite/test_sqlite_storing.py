@@ -161,7 +161,7 @@ async def test_outputs_of_one_call_are_compared_with_each_other_unless_derived(t
             *(Output("kept", own), Output("kept", derived, derived=True), Output("kept", own)),
             *(Output("kept", derived, derived=True), Output("kept", put_off), Output("orders", own)),
         ]
-        assert await consumer.settle([Settlement(claim.stored.position, outcomes([claim])[0].outcome, outputs)])
+        assert await consumer.settle([Settlement(claim.position, outcomes([claim])[0].outcome, outputs)])
         assert await names(broker, "kept") == ["own", "derived", "derived"]
         assert await names(broker) == ["in", "own"]
         infos = {info.spec.name: info for info in await broker.admin.streams()}

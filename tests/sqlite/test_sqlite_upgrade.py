@@ -151,9 +151,9 @@ async def test_a_file_of_the_third_version_is_upgraded_and_what_waits_in_it_goes
         assert await broker.admin.replay([letter]) == [True]
         consumer, audit = await joined(broker), await joined(broker, "audit", order=True)
         claims = await consumer.fetch(5, 1.0)
-        assert sorted((claim.stored.record.id, claim.attempt) for claim in claims) == [("e-1", 5), ("e-2", 1)]
+        assert sorted((claim.record.id, claim.attempt) for claim in claims) == [("e-1", 5), ("e-2", 1)]
         parked = await eventually(lambda: audit.fetch(5, 0.1), bool)
-        assert [(claim.stored.record.id, claim.attempt) for claim in parked] == [("e-1", 3)]
+        assert [(claim.record.id, claim.attempt) for claim in parked] == [("e-1", 3)]
         assert [list(claim.left) for claim in (*claims, *parked)] == [[]] * 3
         assert await consumer.settle(outcomes(claims)) == [True, True]
         assert await audit.settle(outcomes(parked)) == [True]
@@ -172,8 +172,8 @@ async def test_what_version_four_adds_works_in_an_upgraded_file(tmp_path: Path) 
         consumer = await joined(broker)
         [claim] = await consumer.fetch(5, 1.0)
         again = Later(0, "busy", left=[2])
-        letter = Letter(1, claim.stored.record, "failed")
-        assert await consumer.settle([Settlement(claim.stored.position, again, letters=[letter])]) == [True]
+        letter = Letter(1, claim.record, "failed")
+        assert await consumer.settle([Settlement(claim.position, again, letters=[letter])]) == [True]
         [claim] = await consumer.fetch(5, 1.0)
         assert list(claim.left) == [2]
         found = await broker.admin.dead("orders", "billing")

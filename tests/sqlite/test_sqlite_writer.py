@@ -211,7 +211,7 @@ async def test_a_settlement_whose_commit_breaks_can_be_sent_again(tmp_path: Path
         await broker.append("orders", records("a", "b"))
         first, second = await consumer.fetch(2, 0)
         for claim, how, answer in ((first, "before", True), (second, "after", False)):
-            settlements = [Settlement(claim.stored.position, Done())]
+            settlements = [Settlement(claim.position, Done())]
             flaky(how)
             with pytest.raises(BrokerDown):
                 await consumer.settle(settlements)

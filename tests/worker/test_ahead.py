@@ -12,7 +12,7 @@ from millstream.worker.ahead import MAX_AHEAD, ReadAhead
 
 def claims(count: int, data_bytes: int = 200) -> list[Claim]:
     record = Record(0, "id", "order.placed", b"x" * data_bytes)
-    return [Claim(Stored(Position(0, f"{number}-0"), record), 1) for number in range(count)]
+    return [Claim.of(Stored(Position(0, f"{number}-0"), record), 1) for number in range(count)]
 
 
 def test_the_first_page_is_small_and_the_next_ones_are_half_of_what_may_be_held() -> None:

@@ -473,7 +473,7 @@ async def test_a_pack_that_was_fetched_in_a_crash_is_run_event_by_event_and_at_l
     for _ in range(2):
         consumer = await broker.subscribe(Subscription(StreamSpec("birds", 1), "log", "park", lease_s=1.0))
         claims = await consumer.fetch(1, 0)
-        await consumer.begin([claim.stored.position for claim in claims if claim.suspect])
+        await consumer.begin([claim.position for claim in claims if claim.suspect])
         await clock.advance(1.1)
     app.clock = clock
     async with at_work(app, broker):

@@ -25,7 +25,7 @@ async def crashing(
         consumer = await broker.subscribe(BILLING)
         seen.append(await consumer.fetch(count, 0))
         if begin:
-            await consumer.begin([claim.stored.position for claim in seen[-1] if claim.suspect])
+            await consumer.begin([claim.position for claim in seen[-1] if claim.suspect])
         await clock.advance(1.1)
     return seen
 

@@ -27,13 +27,13 @@ class Ended(NamedTuple):
     @property
     def offset(self) -> str:
         """That of its event."""
-        return self.head.claim.stored.position.offset
+        return self.head.claim.position.offset
 
 
 def end(head: Head, settlement: Settlement) -> Ended:
     """It was handled, or it failed."""
     key, claim = head.key, head.claim
-    offset = claim.stored.position.offset
+    offset = claim.position.offset
     dead = buried(settlement.position, claim.attempt, settlement.letters)
     stored: tuple[Effect, ...] = (*settlement.outputs, *dead)
     match settlement.outcome:
@@ -62,5 +62,5 @@ def give_back(head: Head) -> Ended:
 
 def _again(head: Head, at_ms: int, left: Sequence[int] = ()) -> Delay:
     claim = head.claim
-    offset = claim.stored.position.offset
+    offset = claim.position.offset
     return Delay(head.key, offset, at_ms, claim.attempt - 1, claim.postponed, left=left or claim.left)

@@ -445,7 +445,7 @@ def _pages(claims: Sequence[Claim]) -> Iterator[tuple[int, Sequence[Claim]]]:
     """The claims of each partition, which lie together: found by halving, since a look at each event would be dear."""
     begin = 0
     while begin < len(claims):
-        partition = claims[begin].stored.position.partition
-        end = bisect_left(claims, True, begin, key=lambda claim: claim.stored.position.partition != partition)
+        partition = claims[begin].position.partition
+        end = bisect_left(claims, True, begin, key=lambda claim: claim.position.partition != partition)
         yield partition, claims[begin:end]
         begin = end

@@ -181,7 +181,7 @@ class SwitchingConsumer:
             return []
         finally:
             self._fetching -= 1
-        self._held.update((claim.stored.position, claim) for claim in claims)
+        self._held.update((claim.position, claim) for claim in claims)
         return claims
 
     def _let_go(self, positions: Iterable[Position]) -> None:
@@ -269,9 +269,9 @@ def _without_keys(settlement: Settlement, claim: Claim | None) -> Settlement:
     outcome = settlement.outcome
     if not isinstance(outcome, Later) or outcome.at_ms < HELD_MS:
         return settlement
-    if claim is None or not is_pack(claim.stored.record):
+    if claim is None or not is_pack(claim.record):
         return replace(settlement, outcome=Dead("failed", outcome.error))
-    pack = read(claim.stored.record, claim.stored.position.offset)
+    pack = read(claim.record, claim.position.offset)
     left = outcome.left or claim.left or range(len(pack))
     letters = [Letter(part, pack.record(part), "failed", outcome.error) for part in left]
     return replace(settlement, outcome=Done(), letters=[*settlement.letters, *letters])

@@ -33,7 +33,8 @@ class Stored(Struct, frozen=True, gc=False):
 class Claim(Struct, frozen=True, gc=False):
     """The broker's word that this consumer may work on this event."""
 
-    stored: Stored
+    position: Position
+    record: Record
     attempt: int
     """1 for the first. Counted before the handler runs, so that a handler that kills its process is counted too."""
     suspect: int = 0
@@ -47,6 +48,25 @@ class Claim(Struct, frozen=True, gc=False):
     """In the order of keys: the epoch of the partition's lease. It grows with every owner. 0 without order."""
     left: Sequence[int] = ()
     """Of a pack that was tried before: which of its events are left. Empty: all of them."""
+
+    @classmethod
+    def of(
+        cls,
+        stored: Stored,
+        attempt: int,
+        suspect: int = 0,
+        postponed: int = 0,
+        fault: str = "",
+        token: int = 0,
+        left: Sequence[int] = (),
+    ) -> Claim:
+        """The claim of an event that is at hand with its place."""
+        return cls(stored.position, stored.record, attempt, suspect, postponed, fault, token, left)
+
+    @property
+    def stored(self) -> Stored:
+        """The event without what this consumer may do with it."""
+        return Stored(self.position, self.record)
 
 
 class Done(Struct, frozen=True, gc=False):

@@ -135,8 +135,7 @@ class Window:
         slots, add, offset = self._slots, self._inherit if self._inherits else self._ready.append, self._cursor
         before, data_bytes = len(slots), 0
         for claim in claims:
-            stored = claim.stored
-            record, offset = stored.record, stored.position.offset
+            record, offset = claim.record, claim.position.offset
             data_bytes += len(record.data)
             slot = slots[offset] = Slot(claim, offset, record.key or keyless(offset))
             add(slot)
@@ -188,7 +187,7 @@ class Window:
         """Hand out the heads of parked keys."""
         claims: list[Claim] = []
         for head in heads:
-            self._heads[head.claim.stored.position.offset] = head
+            self._heads[head.claim.position.offset] = head
             self.parked.add(head.key)  # a person may have parked it: a replayed dead letter is one
             claims.append(head.claim)
         return claims

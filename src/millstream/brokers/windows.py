@@ -44,7 +44,7 @@ class Windows(dict[int, Window]):
 
     def holds(self, claim: Claim) -> bool:
         """True while a claim is handed out and ours to settle."""
-        position = claim.stored.position
+        position = claim.position
         window = self.get(position.partition)
         return window is not None and window.epoch == claim.token and window.holds(position.offset)
 

@@ -59,7 +59,7 @@ class ReadAhead:
     def came(self, claims: Sequence[Claim]) -> None:
         """These were fetched."""
         self.held += len(claims)
-        sizes = [len(claim.stored.record.data) for claim in claims[::_SAMPLE]]
+        sizes = [len(claim.record.data) for claim in claims[::_SAMPLE]]
         self._event_bytes = max(1.0, sum(sizes) / len(sizes), self._event_bytes * 0.75)
         self._set_limit()
 

@@ -35,7 +35,7 @@ class BatchLanes(Lanes):
     def put(self, claims: Iterable[Claim]) -> None:
         """Queue claims."""
         claims = list(claims)
-        self._packs = self._packs or packs.TYPE in {claim.stored.record.type for claim in claims}
+        self._packs = self._packs or packs.TYPE in {claim.record.type for claim in claims}
         super().put(claims)
 
     async def _work(self, lane: Lane) -> None:
@@ -48,19 +48,19 @@ class BatchLanes(Lanes):
             lane.waits.clear()
             await self._batch(lane, claims)
             if self._order is not None:
-                for key in dict.fromkeys(claim.stored.record.key for claim in claims):
+                for key in dict.fromkeys(claim.record.key for claim in claims):
                     self._next(key, wait=key in lane.waits)
 
     async def _batch(self, lane: Lane, claims: Sequence[Claim]) -> None:
         routes = self._routes
-        known = [claim for claim in claims if claim.stored.record.type in routes]
+        known = [claim for claim in claims if claim.record.type in routes]
         if len(known) < len(claims):
             for claim in claims:
-                if claim.stored.record.type not in routes:
-                    self._settle(Settlement(claim.stored.position, unhandled(claim, self._group, self._telemetry)))
+                if claim.record.type not in routes:
+                    self._settle(Settlement(claim.position, unhandled(claim, self._group, self._telemetry)))
         if not known:
             return
-        route = self._routes[known[0].stored.record.type]
+        route = self._routes[known[0].record.type]
         if any(claim.suspect for claim in known):
             await self._suspects(lane, route, known)
         else:
@@ -89,21 +89,21 @@ class BatchLanes(Lanes):
         queue, order = self._queue, self._order
         while queue and len(batch) < self._size and not self._stopping:
             claim = queue[0]
-            if self._packs and is_pack(claim.stored.record):
+            if self._packs and is_pack(claim.record):
                 self._open(queue.popleft())
                 continue
             if batch and (claim.suspect > 1 or batch[0].suspect > 1):
                 break  # who was running in a crash is called alone
             batch.append(queue.popleft())
             if order is not None and claim.suspect <= 1:
-                batch += order.join(claim.stored.record.key, self._size - len(batch))
+                batch += order.join(claim.record.key, self._size - len(batch))
         return batch
 
     def _unpacked(self) -> bool:
         """Open the first pack of the queue; True if there was one."""
         if not self._packs:
             return False
-        claim = next((claim for claim in self._queue if is_pack(claim.stored.record)), None)
+        claim = next((claim for claim in self._queue if is_pack(claim.record)), None)
         if claim is None:
             self._packs = self._order is not None and self._order.waiting > 0
             return False
@@ -148,7 +148,7 @@ class BatchLanes(Lanes):
 
     def _end_failed(self, lane: Lane, claim: Claim, outcome: Outcome) -> None:
         if not self._is_behind(lane, claim):
-            self._settle(Settlement(claim.stored.position, outcome))
+            self._settle(Settlement(claim.position, outcome))
             self._note(lane, claim, outcome)
 
     def _drop(self, claims: Sequence[Claim]) -> None:
@@ -156,12 +156,12 @@ class BatchLanes(Lanes):
 
     def _is_behind(self, lane: Lane, claim: Claim) -> bool:
         """True, and it is put back, when an event of its key before it in the batch must be tried again."""
-        behind = claim.stored.record.key in lane.waits
+        behind = claim.record.key in lane.waits
         if behind:
-            self._settle(Settlement(claim.stored.position, BEHIND))
+            self._settle(Settlement(claim.position, BEHIND))
         return behind
 
     def _note(self, lane: Lane, claim: Claim, outcome: Outcome) -> None:
-        key = claim.stored.record.key
+        key = claim.record.key
         if self._order is not None and key is not None and type(outcome) is Later:
             lane.waits.add(key)

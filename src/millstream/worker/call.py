@@ -114,7 +114,7 @@ class Route:
                 prepared.append(self.prepare(claim))
                 good.append(claim)
             except Undecodable as error:
-                bad.append(Settlement(claim.stored.position, self.outcome(claim, error)))
+                bad.append(Settlement(claim.position, self.outcome(claim, error)))
         return good, prepared, bad
 
     async def batch(self, claims: Sequence[Claim], prepared: list[Any]) -> list[Settlement]:
@@ -125,14 +125,14 @@ class Route:
         except BatchFailed as error:
             failed = _checked(error, len(claims))
         if not self.delivers and not failed:
-            return [Settlement(claim.stored.position, DONE) for claim in claims]
+            return [Settlement(claim.position, DONE) for claim in claims]
         settlements: list[Settlement] = []
         for index, claim in enumerate(claims):
             if index in failed:
-                settlements.append(Settlement(claim.stored.position, self.outcome(claim, failed[index])))
+                settlements.append(Settlement(claim.position, self.outcome(claim, failed[index])))
             else:
                 outputs = prepared[index].staged if self.delivers else ()
-                settlements.append(Settlement(claim.stored.position, DONE, outputs))
+                settlements.append(Settlement(claim.position, DONE, outputs))
         return settlements
 
     def outcome(self, claim: Claim, error: BaseException) -> Outcome:
@@ -186,15 +186,14 @@ class Route:
         return self.plan.call(self._handler, arguments, None, self._shop.process)
 
     def _decoded(self, claim: Claim) -> Any:
-        record = claim.stored.record
+        record = claim.record
         try:
             return self.decode[record.type](record.data)
         except WireError as error:
             raise Undecodable(str(error)) from None
 
     def _delivered(self, claim: Claim) -> Delivery[Any]:
-        stored, attempt = claim.stored, claim.attempt
-        record = stored.record
+        record, attempt = claim.record, claim.attempt
         return Delivery(
             self._decoded(claim),
             record.id,
@@ -203,7 +202,7 @@ class Route:
             record.source,
             record.time_ms,
             record.headers,
-            stored.position,
+            claim.position,
             attempt,
             attempt >= self._retry.attempts,
             None if self._timeout_ms is None else self._clock.now_ms() + self._timeout_ms,
@@ -233,7 +232,7 @@ class Route:
 
     def _tell(self, name: str, claim: Claim, **measurements: Any) -> None:
         self._shop.telemetry.emit(
-            name, group=self.subscriber.group, position=claim.stored.position, attempt=claim.attempt, **measurements
+            name, group=self.subscriber.group, position=claim.position, attempt=claim.attempt, **measurements
         )
 
 
@@ -245,7 +244,7 @@ def routes(group: Group, shop: Shop) -> dict[str, Route]:
 
 def unhandled(claim: Claim, group: Group, telemetry: Telemetry) -> Outcome:
     """What becomes of an event that no handler of the group is for."""
-    record, stream = claim.stored.record, group.stream
+    record, stream = claim.record, group.stream
     if claim.fault:
         dead = Dead("undecodable", claim.fault)
     elif record.type in stream.types or stream.others == "skip":
@@ -253,7 +252,7 @@ def unhandled(claim: Claim, group: Group, telemetry: Telemetry) -> Outcome:
     else:
         error = f"this version of stream {stream.name!r} does not name {record.type!r}; replay it after an upgrade"
         dead = Dead("unknown type", error)
-    position, attempt = claim.stored.position, claim.attempt
+    position, attempt = claim.position, claim.attempt
     telemetry.emit(DEAD, group=group.name, position=position, attempt=attempt, reason=dead.reason, error=dead.error)
     return dead
 

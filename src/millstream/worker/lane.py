@@ -61,7 +61,7 @@ class Lane:
 
     def look(self, now: float, timeouts_s: Mapping[str, float]) -> None:
         """Cancel a handler that is past its deadline. The time of one that is seen for the first time begins now."""
-        first = self.claims[0].stored if self.claims else None
+        first = self.claims[0] if self.claims else None
         if first is None:
             self._seen = None
         elif self._seen is not first.position or self._part != self.part:

@@ -91,7 +91,7 @@ class Lanes:
         if self._order is not None:
             if self._draining:
                 claims = list(claims)
-                wanted = [claim for claim in claims if claim.stored.position.partition not in self._draining]
+                wanted = [claim for claim in claims if claim.position.partition not in self._draining]
                 self._dropped(len(claims) - len(wanted))
                 claims = wanted
             claims = self._order.arrive(claims)
@@ -109,19 +109,19 @@ class Lanes:
 
     def discard(self, lost: frozenset[Position]) -> None:
         """Forget what is not ours any more: queued claims go, handlers that run on one are cancelled."""
-        self._forget(lambda claim: claim.stored.position in lost)
+        self._forget(lambda claim: claim.position in lost)
         for lane in self._lanes:
-            if any(claim.stored.position in lost for claim in lane.claims):
+            if any(claim.position in lost for claim in lane.claims):
                 lane.cancel(Cause.LOST)
 
     @asynccontextmanager
     async def drained(self, partitions: frozenset[int]) -> AsyncIterator[None]:
         """Start nothing more of these partitions; inside the block nothing of them runs."""
         self._draining |= partitions
-        self._forget(lambda claim: claim.stored.position.partition in partitions)
+        self._forget(lambda claim: claim.position.partition in partitions)
         self._freed = freed = self._freed or asyncio.Event()
         try:
-            while any(claim.stored.position.partition in partitions for lane in self._lanes for claim in lane.claims):
+            while any(claim.position.partition in partitions for lane in self._lanes for claim in lane.claims):
                 freed.clear()
                 await freed.wait()
             yield
@@ -162,7 +162,7 @@ class Lanes:
             self._starts -= 1
             if self._queue:
                 self.wake()
-            route = self._routes.get(claim.stored.record.type)
+            route = self._routes.get(claim.record.type)
             if route is None:
                 await self._unrouted(lane, claim)
             elif claim.suspect:
@@ -172,7 +172,7 @@ class Lanes:
 
     async def _unrouted(self, lane: Lane, claim: Claim) -> None:
         """A pack, or what no handler is for."""
-        pack = is_pack(claim.stored.record)
+        pack = is_pack(claim.record)
         run = self._runs.open(claim) if pack else unhandled(claim, self._group, self._telemetry)
         if not isinstance(run, Run):
             self._end(claim, run)
@@ -241,15 +241,15 @@ class Lanes:
                 except BaseException as error:
                     self._failed(lane, route, error)
                 else:
-                    settle(Settlement(claim.stored.position, DONE, prepared.staged if delivers else ()))
+                    settle(Settlement(claim.position, DONE, prepared.staged if delivers else ()))
                     if in_order:
-                        self._next(claim.stored.record.key, wait=False)
+                        self._next(claim.record.key, wait=False)
                 if cancelling() or self._freed is not None:
                     self._free(lane)
                 if self._starts <= 0 or not queue or gate.closed or monotonic() >= self._until:
                     break
                 claim = queue[0]
-                if claim.suspect or routes.get(claim.stored.record.type) is not route:
+                if claim.suspect or routes.get(claim.record.type) is not route:
                     break
                 queue.popleft()
                 self._starts -= 1
@@ -343,7 +343,7 @@ class Lanes:
             return
         if cause is Cause.TIMEOUT:
             self._telemetry.emit(
-                TIMED_OUT, group=self._group.name, position=claims[0].stored.position, timeout_s=route.timeout_s
+                TIMED_OUT, group=self._group.name, position=claims[0].position, timeout_s=route.timeout_s
             )
             error = TimeoutError(f"the handler had not ended after {route.timeout_s:g} s")
         for claim in claims:
@@ -353,9 +353,9 @@ class Lanes:
 
     def _end(self, claim: Claim, outcome: Outcome, outputs: Sequence[Output] = ()) -> None:
         """Settle a claim that was handled by itself, and let the next one of its key start."""
-        self._settle(Settlement(claim.stored.position, outcome, outputs))
+        self._settle(Settlement(claim.position, outcome, outputs))
         if self._order is not None:
-            self._next(claim.stored.record.key, wait=type(outcome) is Later)
+            self._next(claim.record.key, wait=type(outcome) is Later)
 
     def _end_failed(self, lane: Lane, claim: Claim, outcome: Outcome) -> None:
         self._end(claim, outcome)
@@ -365,14 +365,14 @@ class Lanes:
         self._dropped(len(claims))
         if self._order is not None:
             for claim in claims:
-                self._next(claim.stored.record.key, wait=False)
+                self._next(claim.record.key, wait=False)
 
     def _next(self, key: str | None, *, wait: bool) -> None:
         """A key's claim has ended: the next one starts; or, where that one must be tried again, all go back behind it."""
         assert self._order is not None
         claim = self._order.ended(key)
         while wait and claim is not None:
-            self._settle(Settlement(claim.stored.position, BEHIND))
+            self._settle(Settlement(claim.position, BEHIND))
             claim = self._order.ended(key)
         if claim is not None:
             # One pack after the other: those that are open take much more room.
@@ -390,5 +390,5 @@ class Lanes:
             self._queue.extend(kept)
             if self._order is not None:
                 for claim in forgotten:
-                    self._next(claim.stored.record.key, wait=False)
+                    self._next(claim.record.key, wait=False)
         self._dropped(len(forgotten) + waited)

@@ -69,7 +69,7 @@ class Listener:
         try:
             limit = nullcontext() if isinf(self._route.timeout_s) else self._clock.timeout(self._route.timeout_s)
             async with limit:
-                await self._route.call(Claim(stored, 1))
+                await self._route.call(Claim.of(stored, 1))
         except Skip:
             pass
         except BaseException as error:

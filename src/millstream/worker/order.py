@@ -26,7 +26,7 @@ class KeyOrder:
         ready: list[Claim] = []
         behind = self._behind
         for claim in claims:
-            key = claim.stored.record.key
+            key = claim.record.key
             if key is None:
                 ready.append(claim)
             elif key not in behind:
@@ -61,7 +61,7 @@ class KeyOrder:
         queue = self._behind.get(key) if key is not None else None
         taken: list[Claim] = []
         while queue and len(taken) < room:
-            if queue[0].suspect > 1 or is_pack(queue[0].stored.record):  # who was running in a crash is called alone
+            if queue[0].suspect > 1 or is_pack(queue[0].record):  # who was running in a crash is called alone
                 break
             taken.append(queue.popleft())
         self.waiting -= len(taken)

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 
-from millstream.brokers.base import Claim, Dead, Done, Later, Letter, Outcome, Output, Position, Settlement, Stored
+from millstream.brokers.base import Claim, Dead, Done, Later, Letter, Outcome, Output, Position, Settlement
 from millstream.clock import Clock
 from millstream.errors import WireError
 from millstream.handlers.subscriber import Group
@@ -65,9 +65,8 @@ class Run:
     def part(self, part: int) -> Claim:
         """An event as a claim of its own."""
         pack = self.claim
-        position = Position(pack.stored.position.partition, self.packed.offset_of(part))
-        stored = Stored(position, self.packed.record(part))
-        return Claim(stored, pack.attempt, pack.suspect, pack.postponed, token=pack.token)
+        position = Position(pack.position.partition, self.packed.offset_of(part))
+        return Claim(position, self.packed.record(part), pack.attempt, pack.suspect, pack.postponed, token=pack.token)
 
     def end(self, part: int, outcome: Outcome, outputs: Sequence[Output] = ()) -> None:
         """An event has ended."""
@@ -104,7 +103,7 @@ class Run:
         if self._later is not None:
             later = self._later
             outcome = Later(later.at_ms, later.error, later.counted, sorted(self._again))
-        return Settlement(self.claim.stored.position, outcome, self._outputs, letters=self._letters)
+        return Settlement(self.claim.position, outcome, self._outputs, letters=self._letters)
 
 
 class Runs:
@@ -133,21 +132,21 @@ class Runs:
 
     async def readable(self, claims: Iterable[Claim]) -> None:
         """Wait, and say so, until all that is needed to read the packs among these is installed."""
-        await readable([claim.stored.record for claim in claims], self._group, self._clock, self._telemetry)
+        await readable([claim.record for claim in claims], self._group, self._clock, self._telemetry)
 
     def open(self, claim: Claim) -> Run | Dead:
         """The run of a claim whose record is a pack; or why the pack as a whole is given up."""
-        position = claim.stored.position
+        position = claim.position
         run = self._open.get(position)
         if run is not None and not run.closing:
             return run
         if not self._able:
             return self._dead(claim, "it is a pack, and this broker cannot keep what becomes of each of its events")
         try:
-            packed = packs.read(claim.stored.record, position.offset)
+            packed = packs.read(claim.record, position.offset)
         except WireError as error:
             return self._dead(claim, str(error))
-        run = self._open[position] = Run(claim, packed, in_order=self._in_order and claim.stored.record.key is not None)
+        run = self._open[position] = Run(claim, packed, in_order=self._in_order and claim.record.key is not None)
         return run
 
     def offer(self, run: Run, queue: deque[Claim]) -> None:
@@ -160,7 +159,7 @@ class Runs:
         claims = [self.part(run, part) for part in run.parts]
         run.parts.clear()
         if order is not None and run.in_order:
-            order.precede(run.claim.stored.record.key, claims[1:])
+            order.precede(run.claim.record.key, claims[1:])
             claims = claims[:1]
         queue.extendleft(reversed(claims))
 
@@ -199,19 +198,19 @@ class Runs:
             run.lost = True
             self._finish(run)
         self._dropped(len(runs))
-        return lost.union(run.part(part).stored.position for run in runs for part in run.open)
+        return lost.union(run.part(part).position for run in runs for part in run.open)
 
     def claimed(self, claims: Iterable[Claim]) -> list[Position]:
         """Where they lie for the broker: events of runs where their packs do."""
-        return list(dict.fromkeys(self._pack_of(claim.stored.position)[0] for claim in claims))
+        return list(dict.fromkeys(self._pack_of(claim.position)[0] for claim in claims))
 
     def is_event(self, claim: Claim) -> bool:
         """True for an event of a run."""
-        return self._pack_of(claim.stored.position)[1] is not None
+        return self._pack_of(claim.position)[1] is not None
 
     def _of(self, partitions: Collection[int] | None) -> list[Run]:
         runs = [run for run in self._open.values() if not run.closing]
-        return [run for run in runs if partitions is None or run.claim.stored.position.partition in partitions]
+        return [run for run in runs if partitions is None or run.claim.position.partition in partitions]
 
     def _finish(self, run: Run) -> None:
         """Close a run when what its lanes have ended so far has been gathered: behind that, in the settler's queue."""
@@ -219,7 +218,7 @@ class Runs:
         if run.waits:  # not any more: whoever took its claim out of the queue has counted it as gone
             run.waits = False
             self._ahead.held += 1
-        self._settle(Settlement(run.claim.stored.position, _CLOSED))
+        self._settle(Settlement(run.claim.position, _CLOSED))
 
     def _gather(self, settlement: Settlement) -> Settlement | None:
         if settlement.outcome is _CLOSED:
@@ -246,7 +245,7 @@ class Runs:
         return settlement
 
     def _over(self, run: Run) -> Settlement:
-        del self._open[run.claim.stored.position]
+        del self._open[run.claim.position]
         run.closing = True
         return run.settlement()
 
@@ -260,7 +259,7 @@ class Runs:
         return position, None
 
     def _dead(self, claim: Claim, error: str) -> Dead:
-        position, attempt = claim.stored.position, claim.attempt
+        position, attempt = claim.position, claim.attempt
         reason = "undecodable"
         self._telemetry.emit(
             DEAD, group=self._group, position=position, attempt=attempt, reason=reason, error=error, exception=None

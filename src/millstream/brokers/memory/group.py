@@ -254,7 +254,7 @@ class Group:
         member.held[position] = None
         pending.holder = member
         pending.attempt += 1
-        return Claim(pending.stored, pending.attempt, pending.suspect, pending.postponed, left=pending.left)
+        return Claim.of(pending.stored, pending.attempt, pending.suspect, pending.postponed, left=pending.left)
 
     def _comes(self, position: Position) -> bool:
         """True for what comes by itself, as what had died may after a seek: it is not to come twice."""

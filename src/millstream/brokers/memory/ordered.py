@@ -275,7 +275,7 @@ class OrderedGroup:
         queue.started = True
         suspect = queue.crashes + 1 if queue.crashes else 0
         stored, left = queue.events[0]
-        return Head(key, Claim(stored, queue.attempts, suspect, queue.postponed, token=token, left=left))
+        return Head(key, Claim.of(stored, queue.attempts, suspect, queue.postponed, token=token, left=left))
 
     def _lag(self) -> int:
         """Events behind the mark; what is parked is not among them."""
@@ -346,7 +346,7 @@ class MemoryLedger:
             claims: list[Claim] = []
             for partition, cursor in cursors.items():
                 events = log.behind(partition, int(cursor.after or 0), min(cursor.room, limit - len(claims)))
-                claims += [Claim(stored, 1, token=cursor.epoch) for stored in events]
+                claims += [Claim.of(stored, 1, token=cursor.epoch) for stored in events]
                 if events and (part := self._ours(partition, cursor.epoch)):
                     part.read = int(events[-1].position.offset)
             left_s = until - self._clock.monotonic()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from millstream.brokers.base import Claim, Position, Stored
+from millstream.brokers.base import Claim, Position
 from millstream.brokers.redis import parts
 from millstream.wire import entry
 
@@ -15,5 +15,4 @@ def again(
     """The claim of an entry that was delivered before, with what is noted about it."""
     suspect = int(note.rstrip(b"s")) + 1 if note else 0
     record, why = entry.read_or_fault(partition, offset, fields)
-    stored = Stored(Position(partition, offset), record)
-    return Claim(stored, count, suspect, int(postponed), why, left=parts.numbers(left))
+    return Claim(Position(partition, offset), record, count, suspect, int(postponed), why, left=parts.numbers(left))

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from millstream.brokers.base import Claim, Letter, OtherOrder, Output, Position, Settlement, Stored, Subscription
+from millstream.brokers.base import Claim, Letter, OtherOrder, Output, Position, Settlement, Subscription
 from millstream.brokers.redis.acks import MAX_ACKS, Acks
 from millstream.brokers.redis.claims import again
 from millstream.brokers.redis.joining import confirm, join
@@ -187,7 +187,7 @@ class Incarnation:
 
     def let_go(self, partition: int) -> None:
         """Forget what was not handed out yet of a partition: it was handed back."""
-        self.surplus = deque(claim for claim in self.surplus if claim.stored.position.partition != partition)
+        self.surplus = deque(claim for claim in self.surplus if claim.position.partition != partition)
         self._returned = {at: claim for at, claim in self._returned.items() if at.partition != partition}
 
     def stored(self, settlements: Sequence[Settlement]) -> list[bool]:
@@ -466,7 +466,7 @@ class Incarnation:
                     held[offset] = 1 if held[offset] > 0 else -1
                 else:
                     held[offset] = 1
-                    add(Claim(Stored(Position(partition, offset), record), 1, 0, 0, why))
+                    add(Claim(Position(partition, offset), record, 1, 0, 0, why))
         if found:
             self._sizes.seen(largest_bytes)
 
@@ -492,7 +492,7 @@ class Incarnation:
             offset = id_.decode()
             claim = again(partition, offset, count, note, postponed, fields, *left)
             if offset in held:  # what is sent again of its former outcome must not become that of this claim
-                self._returned[claim.stored.position] = claim
+                self._returned[claim.position] = claim
             else:
                 self.surplus.append(claim)
             held[offset] = -count if note or left or postponed != b"0" else count

@@ -23,7 +23,6 @@ from millstream.brokers.base import (
     Claim,
     Output,
     Position,
-    Stored,
     Subscription,
     check_mode,
 )
@@ -235,7 +234,7 @@ class RedisLedger:
         for partition, page in pages.items():
             claims += _claims(partition, page, cursors[partition].epoch)
         if claims:
-            self._pages.seen(max([len(claim.stored.record.data) for claim in claims]))
+            self._pages.seen(max([len(claim.record.data) for claim in claims]))
             await self._read_ahead(cursors, pages, limit)
         for partition, page in pages.items():
             self._gaps.passed(partition, cursors[partition], page[-1][0].decode(), len(page))
@@ -377,6 +376,6 @@ class RedisLedger:
 
 def _claims(partition: int, page: Page, epoch: int) -> list[Claim]:
     return [
-        Claim(Stored(Position(partition, offset), record), 1, 0, 0, fault, epoch)
+        Claim(Position(partition, offset), record, 1, 0, 0, fault, epoch)
         for offset, record, fault in entry.read_page(partition, page)
     ]

@@ -50,7 +50,7 @@ def claim(partition: int, head: Sequence[bytes | int], token: int) -> Claim:
     stored, fault = decode(partition, parked)
     suspect = int(crashes) + 1 if int(crashes) else 0
     left = parts.numbers(_split(parked)[1])
-    return Claim(stored, int(attempts), suspect, int(postponed), fault, token, left)
+    return Claim.of(stored, int(attempts), suspect, int(postponed), fault, token, left)
 
 
 def fields(stored: Stored) -> tuple[bytes, ...]:

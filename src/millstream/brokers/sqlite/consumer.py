@@ -179,9 +179,9 @@ class SQLiteConsumer:
             return []
         self._unsure |= taken.unsure
         # What was looked for because of one fetch may have been accepted by another meanwhile.
-        claims = [claim for claim in taken.claims if claim.stored.position not in self._held]
+        claims = [claim for claim in taken.claims if claim.position not in self._held]
         for claim in claims:
-            self._held[claim.stored.position] = claim.attempt
+            self._held[claim.position] = claim.attempt
         return claims
 
     async def _look(self) -> tuple[bool, float]:

@@ -282,7 +282,7 @@ def _take_due(
     db.executemany(
         f"UPDATE pending SET consumer = ?, due_ms = NULL, attempt = attempt + 1, left = {_LEFT}, given = NULL "
         "WHERE grp = ? AND consumer = 0 AND row = ?",
-        [(me.id, me.group, log.row_of(me.stream, claim.stored.position)) for claim in claims],
+        [(me.id, me.group, log.row_of(me.stream, claim.position)) for claim in claims],
     )
     return claims
 
@@ -311,7 +311,7 @@ def _claims(rows: Iterable[log.Row], budget: log.Budget, held: Container[Positio
         if stored.position in held:
             continue
         room = budget.spend(stored)
-        yield Claim(stored, attempt + again, suspect, postponed, left=log.left(left))
+        yield Claim.of(stored, attempt + again, suspect, postponed, left=log.left(left))
         if not room:
             return
 
@@ -328,7 +328,7 @@ def _take_fresh(db: sqlite3.Connection, me: Member, turn: int, budget: log.Budge
             break
         base = id_ << log.SEQ_BITS
         page = log.page(db, base | seq, base | last, budget)
-        claims += [Claim(stored, 1) for stored in page]
+        claims += [Claim.of(stored, 1) for stored in page]
         taken = last if budget.events else int(page[-1].position.offset)
         db.execute(
             "INSERT INTO pending (grp, consumer, row, attempt) SELECT ?, ?, row, 1 FROM event WHERE row > ? AND row <= ?",

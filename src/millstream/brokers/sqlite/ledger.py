@@ -102,7 +102,7 @@ class SQLiteLedger:
             turn = self._turn
             claims = await self._broker.reader.ask(lambda db: ordered.read(db, me, cursors, limit, turn))  # noqa: B023 - awaited
             if claims:
-                self._turn = claims[-1].stored.position.partition
+                self._turn = claims[-1].position.partition
             left_s = until_s - self._clock.monotonic()
             if claims or left_s <= 0 or self._wakes != wakes:
                 return claims

@@ -156,7 +156,7 @@ def read(db: Connection, me: Member, cursors: Mapping[int, Cursor], limit: int, 
         base = id_ << log.SEQ_BITS
         budget = log.Budget(min(cursor.room, max(1, limit // len(some))), log.MAX_TAKE_BYTES // len(some))
         page = log.page(db, base | int(cursor.after or 0), base | log.MAX_SEQ, budget)
-        claims += [Claim(stored, 1, token=cursor.epoch) for stored in page]
+        claims += [Claim.of(stored, 1, token=cursor.epoch) for stored in page]
     return claims
 
 

@@ -108,7 +108,7 @@ def heads(db: Connection, part: Part, busy: Collection[str], limit: int, now_ms:
         [(stored, left)] = _events(db, part, key, 1)
         budget.spend(stored)
         suspect = crashes + 1 if crashes else 0
-        found.append(Head(key, Claim(stored, attempts + 1, suspect, postponed, token=token, left=left)))
+        found.append(Head(key, Claim.of(stored, attempts + 1, suspect, postponed, token=token, left=left)))
     return Heads(found, float(ready[len(found)][1]) if len(ready) > len(found) else float("inf"))
 
 

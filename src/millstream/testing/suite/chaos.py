@@ -68,12 +68,12 @@ class Chaos:
 
     def given(self, claim: Claim) -> None:
         """The broker gave an event to somebody."""
-        position = claim.stored.position
+        position = claim.position
         self._tokens[position] = max(claim.token, self._tokens[position])
 
     def accepted(self, claim: Claim) -> None:
         """The broker accepted an outcome."""
-        newest = self._tokens[claim.stored.position]
+        newest = self._tokens[claim.position]
         assert claim.token >= newest, f"{claim} was settled although somebody else has it with token {newest}"
 
     def finish(self, key: str, events: Sequence[Position]) -> None:
@@ -85,7 +85,7 @@ class Chaos:
         records = [self._record(partition, key) for key in keys]
         positions = await self.trial.broker.append(PARTED.name, records)
         for key, record, position in zip(keys, records, positions, strict=True):
-            self.published[f"{partition}{key}"] += events_of(Claim(Stored(position, record), 1))
+            self.published[f"{partition}{key}"] += events_of(Claim.of(Stored(position, record), 1))
 
     def _record(self, partition: int, key: str) -> Record:
         if self.trial.broker.traits.packs and self.chance.random() < 0.3:
@@ -186,20 +186,20 @@ class Actor:
     async def _obey(self, kept: Kept) -> None:
         """Forget what was lost, and give away what is asked for."""
         for key, queue in self._queues.items():
-            left = [claim for claim in queue if claim.stored.position not in kept.lost]
-            self._queues[key] = [claim for claim in left if claim.stored.position.partition not in kept.drain]
+            left = [claim for claim in queue if claim.position not in kept.lost]
+            self._queues[key] = [claim for claim in left if claim.position.partition not in kept.drain]
         if kept.drain:
             await self.consumer.release(kept.drain)
 
     async def _begin(self, claim: Claim) -> bool:
         try:
-            await self.consumer.begin([claim.stored.position])
+            await self.consumer.begin([claim.position])
         except LeaseLost:
             return False
         return True
 
     async def _settle(self, ends: Sequence[tuple[Claim, Done | Later]]) -> list[bool]:
-        answers = await self.consumer.settle([Settlement(claim.stored.position, outcome) for claim, outcome in ends])
+        answers = await self.consumer.settle([Settlement(claim.position, outcome) for claim, outcome in ends])
         for (claim, _), answer in zip(ends, answers, strict=True):
             if answer:
                 self._chaos.accepted(claim)

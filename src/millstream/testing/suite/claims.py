@@ -251,10 +251,10 @@ async def test_releasing_hands_back_one_partition_at_once_and_uncounted(trial: T
     claims = await trial.claims(first, 4)
     await first.release(frozenset({1}))
     taken = await trial.claims(second, 2)
-    assert {claim.stored.position.partition for claim in taken} == {1}
+    assert {claim.position.partition for claim in taken} == {1}
     assert [claim.attempt for claim in taken] == [1, 1]
     await trial.nothing(second)
-    mine = [claim.stored.position.partition == 0 for claim in claims]
+    mine = [claim.position.partition == 0 for claim in claims]
     assert await first.settle([settle(claim) for claim in claims]) == mine
 
 
@@ -309,7 +309,7 @@ async def test_consumers_may_fetch_beside_settling_and_beating(trial: Trial) -> 
         await consumer.keep()
         [mine] = await consumer.settle([settle(claim)])
         assert mine and claim.attempt == 1
-        handled.append(claim.stored.position)
+        handled.append(claim.position)
 
     consumers = [await trial.consumer(stream=PARTED, broker=await trial.another()) for _ in range(2)]
     async with asyncio.TaskGroup() as tasks:

@@ -98,7 +98,7 @@ async def test_who_waits_for_events_gets_those_that_fall_due(trial: Trial) -> No
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(tend())
         claim = await trial.claim(consumer)
-    assert claim.stored.record.id == record.id
+    assert claim.record.id == record.id
 
 
 @delayed

@@ -63,7 +63,7 @@ async def test_what_an_ordered_group_is_given_comes_in_order_behind_what_waits_o
     assert [await give(trial, some, PARTED.name) for some in (events[:2], events[1:])] == [2, 2]
     await trial.broker.admin.release_keys(await waiting(trial))
     again = await worked_off(trial, consumer, 6)
-    assert [claim.stored.position for claim in again if claim.stored.record.key == "a"] == [*parked, done[0], done[2]]
+    assert [claim.position for claim in again if claim.record.key == "a"] == [*parked, done[0], done[2]]
     assert set(offsets(again)) == {*parked, *done} and {claim.attempt for claim in again} == {1}
     info = await trial.info(stream=PARTED)
     assert (info.pending, info.lag, info.done) == (0, 0, 10)

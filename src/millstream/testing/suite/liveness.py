@@ -36,7 +36,7 @@ async def test_a_second_crash_blames_what_had_been_started(trial: Trial) -> None
     await trial.claims(first, 3)
     started, waiting, _ = await taken_over(trial, first, by=second, count=3)
     await second.begin(positions([started]))
-    found = {claim.stored.position: claim for claim in await taken_over(trial, second, by=third, count=3)}
+    found = {claim.position: claim for claim in await taken_over(trial, second, by=third, count=3)}
     blamed, spared = found[started.stored.position], found[waiting.stored.position]
     assert (blamed.attempt, blamed.suspect) == (3, 2)
     assert (spared.attempt, spared.suspect) == (3, 1)
@@ -102,7 +102,7 @@ async def test_who_was_taken_over_is_told_and_goes_on_with_new_events(trial: Tri
     [fresh] = await trial.publish()
     trial.revive(silent)
     claim = await trial.claim(silent)
-    assert (claim.stored.position, claim.attempt) == (fresh, 1)
+    assert (claim.position, claim.attempt) == (fresh, 1)
     assert await silent.settle([settle(claim)]) == [True]
 
 
@@ -154,7 +154,7 @@ async def test_many_consumers_fall_silent_one_after_another_and_nothing_is_lost(
         while len(done) < 30:
             claims = await last.fetch(10, 0.25)
             mine = await last.settle([settle(claim) for claim in claims])
-            done |= {claim.stored.position for claim, ours in zip(claims, mine, strict=True) if ours}
+            done |= {claim.position for claim, ours in zip(claims, mine, strict=True) if ours}
     assert done == set(answers)
     info = await trial.info()
     assert (info.done, info.pending, info.lag) == (30, 0, 0)

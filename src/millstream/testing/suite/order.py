@@ -25,15 +25,15 @@ async def publish(trial: Trial, keys: str, partition: int = 0) -> list[Position]
 
 
 def offsets(claims: Sequence[Claim]) -> list[Position]:
-    return [claim.stored.position for claim in claims]
+    return [claim.position for claim in claims]
 
 
 def done(claim: Claim) -> Settlement:
-    return Settlement(claim.stored.position, Done())
+    return Settlement(claim.position, Done())
 
 
 def later(claim: Claim, at_ms: int = 0) -> Settlement:
-    return Settlement(claim.stored.position, Later(at_ms, "busy"))
+    return Settlement(claim.position, Later(at_ms, "busy"))
 
 
 @ordered
@@ -61,7 +61,7 @@ async def test_a_group_begins_where_it_was_told_and_goes_on_where_it_was(trial: 
     await first.close()
     second = await member(trial)
     [claim] = await trial.claims(second, 1)
-    assert claim.stored.position == positions[2] and (claim.attempt, claim.suspect) == (1, 0)
+    assert claim.position == positions[2] and (claim.attempt, claim.suspect) == (1, 0)
     assert claim.token > claims[0].token
 
 
@@ -85,10 +85,10 @@ async def test_partitions_are_shared_and_handed_over_without_a_repeat(trial: Tri
     for partition in range(3):
         await publish(trial, "ab", partition)
     theirs = await trial.claims(second, 2)
-    assert {claim.stored.position.partition for claim in theirs} <= asked
+    assert {claim.position.partition for claim in theirs} <= asked
     assert {(claim.attempt, claim.suspect) for claim in theirs} == {(1, 0)}
     ours = await trial.claims(first, 4)
-    assert {claim.stored.position.partition for claim in ours}.isdisjoint(asked)
+    assert {claim.position.partition for claim in ours}.isdisjoint(asked)
 
 
 @ordered
@@ -97,7 +97,7 @@ async def test_a_failed_event_makes_only_its_key_wait_and_keeps_its_order(trial:
     positions = await publish(trial, "abaab")
     claims = await trial.claims(consumer, 5)
     due_ms = trial.clock.now_ms() + 300
-    behind = [Settlement(claims[n].stored.position, Later(0, "", counted=False)) for n in (2, 3)]
+    behind = [Settlement(claims[n].position, Later(0, "", counted=False)) for n in (2, 3)]
     settlements = [later(claims[0], due_ms), done(claims[1]), done(claims[4]), *behind]
     assert await consumer.settle(settlements) == [True] * 5
     more = await publish(trial, "ab")
@@ -110,7 +110,7 @@ async def test_a_failed_event_makes_only_its_key_wait_and_keeps_its_order(trial:
     for _ in range(4):
         [claim] = await trial.claims(consumer, 1)
         assert trial.clock.now_ms() >= due_ms - 1
-        order.append((claim.stored.position, claim.attempt))
+        order.append((claim.position, claim.attempt))
         await trial.nothing(consumer)
         assert await consumer.settle([done(claim)]) == [True]
     assert order == [(positions[0], 2), (positions[2], 1), (positions[3], 1), (more[0], 1)]
@@ -129,7 +129,7 @@ async def test_what_comes_behind_a_failed_event_waits_for_all_that_is_handed_out
     order = []
     for _ in range(4):
         [claim] = await trial.claims(consumer, 1)
-        order.append(claim.stored.position)
+        order.append(claim.position)
         assert await consumer.settle([done(claim)]) == [True]
     assert order == positions
 
@@ -141,7 +141,7 @@ async def test_events_without_a_key_wait_for_nobody(trial: Trial) -> None:
     first, second = await trial.claims(consumer, 2)
     assert await consumer.settle([later(first, trial.clock.now_ms() + 100), done(second)]) == [True, True]
     [again] = await trial.claims(consumer, 1)
-    assert (again.stored.position, again.attempt) == (positions[0], 2)
+    assert (again.position, again.attempt) == (positions[0], 2)
 
 
 @ordered
@@ -149,7 +149,7 @@ async def test_a_parked_key_is_the_next_owners_too(trial: Trial) -> None:
     first = await member(trial)
     positions = await publish(trial, "abab")
     claims = await trial.claims(first, 4)
-    await first.settle([later(claims[0]), Settlement(claims[2].stored.position, Later(0, "", counted=False))])
+    await first.settle([later(claims[0]), Settlement(claims[2].position, Later(0, "", counted=False))])
     [head] = await trial.claims(first, 1)
     assert head.attempt == 2
     trial.silence(first)
@@ -157,7 +157,7 @@ async def test_a_parked_key_is_the_next_owners_too(trial: Trial) -> None:
     second = await member(trial)
     claims = await trial.claims(second, 3)
     assert sorted(map(str, offsets(claims))) == sorted(map(str, [positions[0], positions[1], positions[3]]))
-    [again] = [claim for claim in claims if claim.stored.position == positions[0]]
+    [again] = [claim for claim in claims if claim.position == positions[0]]
     assert (again.attempt, again.suspect) == (2, 0)
     await second.settle([done(claim) for claim in claims])
     [last] = await trial.claims(second, 1)
@@ -170,7 +170,7 @@ async def test_a_silent_owner_is_taken_over_and_only_what_was_not_settled_comes_
     positions = await publish(trial, "abcdef")
     claims = await trial.claims(silent, 6)
     output = Output(ORDERS.name, trial.record())
-    settlements = [done(claims[0]), Settlement(claims[3].stored.position, Done(), [output])]
+    settlements = [done(claims[0]), Settlement(claims[3].position, Done(), [output])]
     assert await silent.settle(settlements) == [True, True]
     living = await member(trial)
     trial.silence(silent)
@@ -221,7 +221,7 @@ async def test_a_dead_letter_goes_with_its_outcome_and_comes_back_when_it_is_rep
     assert (info.lag, info.pending, info.dead, info.done) == (0, 0, 1, 1)
     assert await trial.broker.admin.replay([letter]) == [True]
     [again] = await trial.claims(consumer, 1)
-    assert (again.stored.position, again.attempt) == (positions[0], 1)
+    assert (again.position, again.attempt) == (positions[0], 1)
     assert await consumer.settle([done(again)]) == [True]
 
 

@@ -102,7 +102,7 @@ async def test_who_lost_an_ordered_partition_stores_no_output(trial: Trial) -> N
     again = await trial.claims(living, 2, within_s=trial.place.lease_s + trial.place.moment_s)
     late = [settle(claim, None, Output("orders", trial.record())) for claim in claims]
     assert await silent.settle(late) == [False, False]
-    await living.begin([claim.stored.position for claim in again])
+    await living.begin([claim.position for claim in again])
     ours = [settle(claim, None, Output("orders", trial.record())) for claim in again]
     assert await living.settle(ours) == [True, True] and await living.settle(ours) == [False, False]
     ids = [event.record.id for event in await trial.stored()]

@@ -61,7 +61,7 @@ async def is_tried_again(trial: Trial, *, order: bool) -> None:
     lefts: list[list[int]] = []
     for left in ([1, 3], [3], []):
         claim = await trial.claim(consumer)
-        assert (claim.stored.position, claim.attempt) == (position, len(lefts) + 1)
+        assert (claim.position, claim.attempt) == (position, len(lefts) + 1)
         lefts.append(list(claim.left))
         assert await consumer.settle([settle(claim, Later(trial.clock.now_ms(), "busy", left=left))]) == [True]
     assert lefts == [[], [1, 3], [3]]
@@ -92,7 +92,7 @@ async def is_taken_over(trial: Trial, *, order: bool) -> None:
     living = await member(trial, order=order)
     again = await trial.claim(living)
     assert (list(again.left), again.attempt, again.suspect > 0) == ([2, 4], 3, True)
-    late = Settlement(claim.stored.position, Done(), letters=[letter(claim, 2)])
+    late = Settlement(claim.position, Done(), letters=[letter(claim, 2)])
     assert await silent.settle([late]) == [False]
     assert await dead(trial) == []
     assert await living.settle([settle(again)]) == [True]
@@ -198,7 +198,7 @@ async def gives_up_some(trial: Trial, *, order: bool) -> None:
         ("rejected", "event 3", 1),
     ]
     claim = await trial.claim(consumer)
-    assert (claim.stored.position, list(claim.left), claim.attempt) == (position, [0, 4], 2)
+    assert (claim.position, list(claim.left), claim.attempt) == (position, [0, 4], 2)
     done = settlement(claim, Done(), letter(claim, 4))
     assert await consumer.settle([done]) == [True]
     assert await consumer.settle([done]) == [False]
@@ -306,7 +306,7 @@ async def is_replayed_alone(trial: Trial, *, order: bool) -> None:
     assert await consumer.settle([settle(again, Later(trial.clock.now_ms(), "busy", left=again.left))]) == [True]
     again = await trial.claim(consumer)
     assert (events_of(again), again.attempt) == ([part(position, 4)], 2)
-    alone = again.stored.record.type != packs.TYPE
+    alone = again.record.type != packs.TYPE
     dies = settle(again, Dead("failed", "event 4")) if alone else settlement(again, Done(), letter(again, 4))
     assert await consumer.settle([dies]) == [True]
     [second] = await dead(trial)
@@ -336,7 +336,7 @@ async def begins_anew(trial: Trial, *, order: bool) -> None:
     await consumer.close()
     await trial.broker.admin.seek(PARTED.name, "billing", "beginning")
     again = await trial.claim(await member(trial, order=order))
-    assert (again.stored.position, list(again.left), again.attempt) == (position, [], 1)
+    assert (again.position, list(again.left), again.attempt) == (position, [], 1)
 
 
 @packed
@@ -356,7 +356,7 @@ async def test_what_is_left_of_a_pack_survives_the_release_of_its_key(trial: Tri
     claim = await trial.claim(consumer)
     assert await consumer.settle([settle(claim, Later(HELD_MS, "broken", left=[2]))]) == [True]
     [key] = await trial.broker.admin.keys(PARTED.name, "billing")
-    assert key.first == claim.stored.position
+    assert key.first == claim.position
     assert await trial.broker.admin.release_keys([key]) == [True]
     again = await trial.claim(consumer)
     assert (list(again.left), again.attempt) == ([2], 1)
@@ -438,7 +438,7 @@ async def finished(trial: Trial, consumer: Consumer, count: int) -> Counter[Posi
 
 def events_of(claim: Claim) -> list[Position]:
     """Where the events lie that a claim asks for: those of a pack that are left, or the one that came alone."""
-    position, record = claim.stored.position, claim.stored.record
+    position, record = claim.position, claim.record
     if not packs.is_pack(record):
         return [position]
     return [part(position, k) for k in claim.left or range(len(packs.read(record, position.offset)))]
@@ -449,7 +449,7 @@ def part(position: Position, k: int) -> Position:
 
 
 def event(claim: Claim, k: int) -> Record:
-    return packs.read(claim.stored.record, claim.stored.position.offset).record(k)
+    return packs.read(claim.record, claim.position.offset).record(k)
 
 
 def letter(claim: Claim, k: int, reason: str = "failed") -> Letter:
@@ -457,4 +457,4 @@ def letter(claim: Claim, k: int, reason: str = "failed") -> Letter:
 
 
 def settlement(claim: Claim, outcome: Outcome, *letters: Letter) -> Settlement:
-    return Settlement(claim.stored.position, outcome, letters=letters)
+    return Settlement(claim.position, outcome, letters=letters)

@@ -25,7 +25,7 @@ async def park(trial: Trial, consumer: Consumer, keys: str, due_ms: int = HELD_M
     claims = await trial.claims(consumer, len(keys))
     failed: set[str | None] = set()
     for claim in claims:
-        key = claim.stored.record.key
+        key = claim.record.key
         outcome = Later(due_ms, "") if key in failed else Later(due_ms, f"{key} broke")
         outcome = replace(outcome, counted=key not in failed)
         failed.add(key)
@@ -106,7 +106,7 @@ async def test_a_released_key_is_tried_at_once_as_if_for_the_first_time(trial: T
     [a] = [key for key in await waiting(trial) if key.key == "a"]
     assert await trial.broker.admin.release_keys([a]) == [True]
     claims = await worked_off(trial, consumer, 2)
-    assert [(claim.stored.position, claim.attempt) for claim in claims] == [(positions[0], 1), (positions[2], 1)]
+    assert [(claim.position, claim.attempt) for claim in claims] == [(positions[0], 1), (positions[2], 1)]
     await trial.nothing(consumer)
     assert [key.key for key in await waiting(trial)] == ["b"]
     info = await trial.info(stream=PARTED)
@@ -121,7 +121,7 @@ async def test_a_key_that_is_released_before_it_is_due_need_not_wait(trial: Tria
     [key] = await waiting(trial)
     assert await trial.broker.admin.release_keys([key]) == [True]
     [claim] = await worked_off(trial, await member(trial), 1)
-    assert (claim.stored.position, claim.attempt) == (positions[0], 1)
+    assert (claim.position, claim.attempt) == (positions[0], 1)
 
 
 @ordered

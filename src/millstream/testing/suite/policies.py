@@ -88,7 +88,7 @@ async def test_a_stream_that_is_discarded_leaves_nothing_behind(trial: Trial) ->
     assert await trial.stored(stream=anew) == [] and await trial.broker.admin.groups("kept") == []
     positions = await trial.publish(2, stream=anew)
     claims = await trial.claims(await trial.consumer(stream=anew), 2)
-    assert [(claim.stored.position, claim.attempt) for claim in claims] == [(place, 1) for place in positions]
+    assert [(claim.position, claim.attempt) for claim in claims] == [(place, 1) for place in positions]
 
 
 async def test_an_unknown_stream_is_not_discarded(trial: Trial) -> None:

@@ -257,7 +257,7 @@ async def test_what_waits_of_a_key_comes_in_order_whatever_went_since(trial: Tri
     assert await trial.broker.admin.release_keys(await trial.broker.admin.keys(stream.name, "billing")) == [True]
     for position in parked:
         claim = await trial.claim(consumer)
-        assert claim.stored.position == position
+        assert claim.position == position
         assert await consumer.settle([settle(claim)]) == [True]
     info = await trial.info(stream=stream)
     assert (info.done, info.pending, info.lag, info.lost) == (MANY + 2, 0, 0, 0)
@@ -315,7 +315,7 @@ async def test_a_group_that_nobody_serves_is_told_to_fade_and_then_keeps_nothing
     stayed = await shrunk(trial, stream, FEW)
     consumer = await trial.consumer(stream=stream)
     claims = await trial.claims(consumer, len(stayed))
-    assert [claim.stored.position for claim in claims] == stayed
+    assert [claim.position for claim in claims] == stayed
     assert await consumer.settle([settle(claim) for claim in claims]) == [True] * len(claims)
     await lost(trial, stream, MANY - len(stayed))
     info = await trial.info(stream=stream)

@@ -32,7 +32,7 @@ async def handle(trial: Trial, consumers: Sequence[Consumer], count: int) -> lis
         for consumer in consumers:
             found = await consumer.fetch(10, 0.1)
             claims.extend(found)
-            results = await consumer.settle([Settlement(claim.stored.position, Done()) for claim in found])
+            results = await consumer.settle([Settlement(claim.position, Done()) for claim in found])
             assert results == [True] * len(found)
         return len(claims)
 
@@ -63,11 +63,11 @@ async def at_rest(trial: Trial, *, consumers: int) -> None:
 
 
 def offsets(claims: Sequence[Claim]) -> list[Position]:
-    return [claim.stored.position for claim in claims]
+    return [claim.position for claim in claims]
 
 
 def done(*claims: Claim) -> list[Settlement]:
-    return [Settlement(claim.stored.position, Done()) for claim in claims]
+    return [Settlement(claim.position, Done()) for claim in claims]
 
 
 @ordered
@@ -77,22 +77,22 @@ async def test_a_group_without_order_is_finished_and_then_consumes_in_the_order_
     claims = await trial.claims(old, 4)
     due_ms = trial.clock.now_ms() + 1_500
     outcomes: list[Outcome] = [Dead("failed", "broken"), Later(due_ms, "busy"), Later(0, "busy")]
-    settlements = [Settlement(claim.stored.position, how) for claim, how in zip(claims, outcomes, strict=False)]
+    settlements = [Settlement(claim.position, how) for claim, how in zip(claims, outcomes, strict=False)]
     assert await old.settle(settlements) == [True] * 3
     first, second = await member(trial, order=True), await member(trial, order=True)
     retried = await trial.claim(first)
-    assert (retried.stored.position, retried.attempt, retried.token) == (positions[2], 2, 0)
+    assert (retried.position, retried.attempt, retried.token) == (positions[2], 2, 0)
     assert await first.settle(done(retried)) == [True]
     trial.silence(old)
     await old.close()
     finished = await handle(trial, [first, second], 2)
-    assert {claim.stored.position: claim.attempt for claim in finished} == {positions[1]: 2, positions[3]: 1}
+    assert {claim.position: claim.attempt for claim in finished} == {positions[1]: 2, positions[3]: 1}
     await switched(trial, [first, second], order=True)
     [letter] = await trial.broker.admin.dead(PARTED.name, "billing")
     assert letter.stored.position == positions[0]
     assert await trial.broker.admin.replay([letter]) == [True]
     [again] = await handle(trial, [first, second], 1)
-    assert again.stored.position == positions[0] and again.token > 0
+    assert again.position == positions[0] and again.token > 0
     await at_rest(trial, consumers=2)
 
 
@@ -109,8 +109,8 @@ async def test_an_ordered_group_is_finished_and_then_consumes_without_order(tria
     await old.close()  # a key is parked, and the last event was settled before the second
     finished = await handle(trial, [first, second], 3)
     assert Counter(offsets(finished)) == Counter(positions[:3])
-    assert {claim.stored.position: claim.attempt for claim in finished}[positions[0]] == 2
-    assert [claim.stored.position for claim in finished if claim.stored.record.key == "a"] == [
+    assert {claim.position: claim.attempt for claim in finished}[positions[0]] == 2
+    assert [claim.position for claim in finished if claim.record.key == "a"] == [
         positions[0],
         positions[2],
     ]
@@ -123,7 +123,7 @@ async def test_a_member_that_takes_nothing_new_finishes_what_waits(trial: Trial)
     await trial.publish(3)
     claims = await trial.claims(old, 2)
     due_ms = trial.clock.now_ms() + 300
-    settlements = [Settlement(claims[0].stored.position, Later(due_ms, "busy")), *done(claims[1])]
+    settlements = [Settlement(claims[0].position, Later(due_ms, "busy")), *done(claims[1])]
     assert await old.settle(settlements) == [True, True]
     trial.silence(old)
     await old.close()
@@ -132,7 +132,7 @@ async def test_a_member_that_takes_nothing_new_finishes_what_waits(trial: Trial)
     trial.consumers.append(consumer)
     trial.revive(consumer)
     claim = await trial.claim(consumer)
-    assert (claim.stored.position, claim.attempt) == (claims[0].stored.position, 2)
+    assert (claim.position, claim.attempt) == (claims[0].position, 2)
     assert await consumer.settle(done(claim)) == [True]
     await trial.nothing(consumer, within_s=0.3)
     info = await trial.info()
@@ -172,7 +172,7 @@ async def test_what_waits_for_its_attempts_does_not_keep_a_busy_group_from_switc
     new = await member(trial, order=True)
     published = await publish(trial, "bcd")  # it would always have something that waits, if it took these
     [again] = await trial.claims(new, 1)
-    assert (again.stored.position, again.attempt, again.token) == (position, claim.attempt + 1, 0)
+    assert (again.position, again.attempt, again.token) == (position, claim.attempt + 1, 0)
     assert await new.settle(done(again)) == [True]
     claims = await trial.claims(new, 3)
     assert offsets(claims) == published and all(claim.token for claim in claims)

@@ -271,12 +271,12 @@ async def trial(place: Place, traits: Traits) -> AsyncIterator[Trial]:
 
 def settle(claim: Claim, outcome: Outcome | None = None, *outputs: Output) -> Settlement:
     """The settlement of a claim: done, unless said otherwise."""
-    return Settlement(claim.stored.position, outcome or Done(), outputs)
+    return Settlement(claim.position, outcome or Done(), outputs)
 
 
 def positions(claims: list[Claim]) -> list[Position]:
     """Where the claimed events lie."""
-    return [claim.stored.position for claim in claims]
+    return [claim.position for claim in claims]
 
 
 async def _flow(clock: Clock) -> None:
