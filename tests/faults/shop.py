@@ -112,6 +112,14 @@ class Watched:
             self._tell(word if accepted else "ref", settlement.position)
         return answers
 
+    async def finish(self, positions: Sequence[Position]) -> list[bool]:
+        die("unsettled")
+        answers = await self._consumer.finish(positions)
+        die("settled")
+        for position, accepted in zip(positions, answers, strict=True):
+            self._tell("set" if accepted else "ref", position)
+        return answers
+
     async def keep(self) -> Kept:
         kept = await self._consumer.keep()
         for position in kept.lost & self._claims.keys():  # others were on their way to us
@@ -136,6 +144,9 @@ class AckFirst(Watched):
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[bool]:
         return [True] * len(settlements)
+
+    async def finish(self, positions: Sequence[Position]) -> list[bool]:
+        return [True] * len(positions)
 
 
 class Deaf(Watched):

@@ -25,6 +25,7 @@ from millstream.brokers.base import (
     StreamSpec,
     Subscription,
     check_mode,
+    finished,
 )
 from millstream.brokers.ledger import HELD_MS
 from millstream.brokers.switching import DRY_S, LONGEST_S, SwitchingConsumer, subscribed
@@ -58,6 +59,9 @@ class Obedient:
         self._check()
         self.settled += settlements
         return [True] * len(settlements)
+
+    async def finish(self, positions: Sequence[Position]) -> list[bool]:
+        return await self.settle(finished(positions))
 
     async def keep(self) -> Kept:
         self._check()

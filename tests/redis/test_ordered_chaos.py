@@ -53,6 +53,10 @@ class Cut:
         answers: list[bool] = await self._called(self._consumer.settle, settlements)
         return answers
 
+    async def finish(self, positions: Sequence[Position]) -> list[bool]:
+        answers: list[bool] = await self._called(self._consumer.finish, positions)
+        return answers
+
     async def keep(self) -> Kept:
         kept: Kept = await persistent(self._consumer.keep)
         return kept

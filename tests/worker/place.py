@@ -129,6 +129,9 @@ class FaultyConsumer:
     async def settle(self, settlements: Sequence[Settlement]) -> list[bool]:
         return await self._faults.call("settle", lambda: self._consumer.settle(settlements))
 
+    async def finish(self, positions: Sequence[Position]) -> list[bool]:
+        return await self._faults.call("settle", lambda: self._consumer.finish(positions))
+
     async def keep(self) -> Kept:
         return await self._faults.call("keep", self._consumer.keep)
 

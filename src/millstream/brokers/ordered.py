@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 
-from millstream.brokers.base import Claim, Kept, Position, Settlement, Subscription
+from millstream.brokers.base import Claim, Kept, Position, Settlement, Subscription, finished
 from millstream.brokers.budget import Budget
 from millstream.brokers.ledger import Cursor, Grant, Lease, Ledger, State, View
 from millstream.brokers.refused import Refused
@@ -119,6 +119,10 @@ class OrderedConsumer:
             if not self._windows.has(window) or not await ledger.begin(window.partition, window.epoch, offsets):
                 self._lose(window)
                 raise LeaseLost(f"{ledger.name} does not hold partition {window.partition} any more")
+
+    async def finish(self, positions: Sequence[Position]) -> list[bool]:
+        """`settle` for events that are done, and with which nothing is stored."""
+        return await self.settle(finished(positions))
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[bool]:
         """Take in outcomes and commit what they are, partition by partition; False where an event was not ours any more."""

@@ -40,6 +40,7 @@ from millstream.brokers.base import (
     Position,
     Settlement,
     Subscription,
+    finished,
 )
 from millstream.brokers.ledger import HELD_MS
 from millstream.clock import Clock
@@ -122,6 +123,12 @@ class SwitchingConsumer:
             await self._consumer.begin(positions)
         except OtherOrder as error:
             raise LeaseLost(f"{error}; nothing is held any more") from error
+
+    async def finish(self, positions: Sequence[Position]) -> list[bool]:
+        """`settle` for events that are done, and with which nothing is stored."""
+        if self._consumer is None or self._finishing:
+            return await self.settle(finished(positions))
+        return await self._consumer.finish(positions)
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[bool]:
         """Store outcomes and outputs; False where an event was not ours any more."""

@@ -75,6 +75,9 @@ class Done(Struct, frozen=True, gc=False):
     note: str = ""
 
 
+DONE = Done()
+
+
 class Later(Struct, frozen=True, gc=False):
     """Try again at this time (epoch milliseconds by the caller's clock; a broker with its own clock translates)."""
 
@@ -135,6 +138,11 @@ class Settlement(Struct, frozen=True, gc=False):
     """Of a pack: dead letters that are stored in the same step as the outcome."""
 
 
+def finished(positions: Sequence[Position]) -> list[Settlement]:
+    """What `Consumer.finish` says of these, as `settle` takes it."""
+    return [Settlement(position, DONE) for position in positions]
+
+
 class Kept(Struct, frozen=True, gc=False):
     """The answer to a heartbeat."""
 
@@ -159,6 +167,8 @@ class Traits(Struct, frozen=True, gc=False):
     """It can store one event per slot of a schedule."""
     packs: bool = False
     """It remembers which events of a pack are left, and keeps a dead letter of one of them."""
+    dictionaries: bool = False
+    """It keeps dictionaries beside a stream, for the small events in it."""
 
 
 class StreamSpec(Struct, frozen=True, gc=False):
@@ -195,6 +205,8 @@ class Policy(Struct, frozen=True, gc=False):
     ceiling_events: int = 0
     """With so many events in it the stream takes no more: `BrokerFull`."""
     ceiling_bytes: int = 0
+    dictionary: int = 0
+    """The number of the dictionary with which small events are written that travel alone: set by `Admin.train` alone."""
 
 
 class Slot(Struct, frozen=True, gc=False):

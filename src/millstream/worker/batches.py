@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from millstream.brokers.base import Claim, Later, Outcome, Settlement
+from millstream.brokers.base import Claim, Later, Outcome, Settlement, finished
 from millstream.units import seconds
 from millstream.wire import packs
 from millstream.wire.packs import is_pack
@@ -138,8 +138,12 @@ class BatchLanes(Lanes):
             self._gate.leave()
             self._free(lane)
 
-    def _end_batch(self, lane: Lane, claims: Sequence[Claim], settlements: Sequence[Settlement]) -> None:
-        for claim, settlement in zip(claims, settlements, strict=True):
+    def _end_batch(self, lane: Lane, claims: Sequence[Claim], settlements: Sequence[Settlement] | None) -> None:
+        positions = [claim.position for claim in claims]
+        if settlements is None and not lane.waits:
+            self._settler.finish_all(positions)
+            return
+        for claim, settlement in zip(claims, settlements or finished(positions), strict=True):
             if self._order is None:
                 self._settle(settlement)
             elif not self._is_behind(lane, claim):

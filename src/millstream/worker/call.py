@@ -13,24 +13,23 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
-from millstream.brokers.base import Claim, Dead, Done, Later, Outcome, Output, Settlement
+from millstream.brokers.base import DONE, Claim, Dead, Done, Later, Outcome, Output, Settlement
 from millstream.brokers.ledger import HELD_MS
 from millstream.clock import Clock
 from millstream.delivery import Delivery
-from millstream.errors import BadSetting, BatchFailed, Reject, RetryLater, Skip, WireError
+from millstream.errors import BadSetting, BatchFailed, Reject, RetryLater, Skip
 from millstream.handlers.depends import Plan, ProcessScope, Replacements
 from millstream.handlers.subscriber import DEFAULT_TIMEOUT, NEVER, Call, Group, Handle, Subscriber
 from millstream.retry import Retry
 from millstream.stream import Stream
 from millstream.telemetry import DEAD, HELD, POSTPONED, RETRIED, SKIPPED, Telemetry
-from millstream.units import MAX_ERROR_CHARS, MAX_POSTPONED, seconds
+from millstream.units import MAX_ERROR_CHARS, MAX_EVENT_BYTES, MAX_POSTPONED, seconds
 from millstream.wire import codec
 from millstream.worker.threads import Threads
 
 Stage: TypeAlias = Callable[[str, str, Delivery[Any], Any, Stream[Any] | None], Output]
 """Makes an output of what a handler published: the stream and the group of its input, its delivery, what, and where to."""
 
-DONE = Done()
 _DEFAULT_RETRY = Retry()
 _LONGEST_S = 100 * 365 * 86_400.0  # of a postponement: every broker can store a time this far away
 
@@ -63,10 +62,8 @@ class Route:
         self._stage = partial(shop.stage, subscriber.stream.name, subscriber.group)
         signature = subscriber.signature
         self._event, self._delivery = signature.event, signature.delivery
-        self.decode = {name: codec.decoder(cls, subscriber.stream.codec) for name, cls in signature.types.items()}
-        """Of each wire type: bytes become an event. Raises `WireError`."""
-        self.decode_part = {n: codec.unchecked_decoder(c, subscriber.stream.codec) for n, c in signature.types.items()}
-        """The same for an event of a pack, whose size is known. Raises what `codec.reason` explains."""
+        self.decode = {n: codec.unchecked_decoder(c, subscriber.stream.codec) for n, c in signature.types.items()}
+        """Of each wire type: bytes, whose number was looked at, become an event. Raises what `undecodable` explains."""
         self.plan = Plan(signature.depends, shop.replace, where=signature.where, batch=signature.batch)
         handler = subscriber.handler
         self._handler: Callable[..., Awaitable[None]] = _threaded(handler, shop.threads) if signature.sync else handler
@@ -93,7 +90,7 @@ class Route:
         return (lambda given: handle(Call((given,), subscriber))) if subscriber.middleware else inject_one
 
     def undecodable(self, type_: str, error: Exception) -> Undecodable:
-        """What `decode_part` raised."""
+        """What `decode` raised, or found: the bytes are not an event of this type."""
         return Undecodable(codec.reason(self.subscriber.signature.types[type_], error))
 
     async def call(self, claim: Claim) -> None:
@@ -117,15 +114,15 @@ class Route:
                 bad.append(Settlement(claim.position, self.outcome(claim, error)))
         return good, prepared, bad
 
-    async def batch(self, claims: Sequence[Claim], prepared: list[Any]) -> list[Settlement]:
-        """Call a batch handler, and settle every one of its events by itself."""
+    async def batch(self, claims: Sequence[Claim], prepared: list[Any]) -> list[Settlement] | None:
+        """Call a batch handler, and settle every one of its events by itself. None: all are done, and nothing is stored."""
         failed: Mapping[int, BaseException] = {}
         try:
             await self.invoke(prepared)
         except BatchFailed as error:
             failed = _checked(error, len(claims))
-        if not self.delivers and not failed:
-            return [Settlement(claim.position, DONE) for claim in claims]
+        if not failed and not (self.delivers and any(delivery.staged for delivery in prepared)):
+            return None
         settlements: list[Settlement] = []
         for index, claim in enumerate(claims):
             if index in failed:
@@ -187,10 +184,13 @@ class Route:
 
     def _decoded(self, claim: Claim) -> Any:
         record = claim.record
+        data = record.data
+        if len(data) > MAX_EVENT_BYTES:
+            raise Undecodable(f"{len(data):,} bytes, over the limit of {MAX_EVENT_BYTES:,}")
         try:
-            return self.decode[record.type](record.data)
-        except WireError as error:
-            raise Undecodable(str(error)) from None
+            return self.decode[record.type](data)
+        except Exception as error:  # whatever a field's own type or validator raises: the bytes are not this event
+            raise self.undecodable(record.type, error) from None
 
     def _delivered(self, claim: Claim) -> Delivery[Any]:
         record, attempt = claim.record, claim.attempt

@@ -16,22 +16,23 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 
-from millstream.brokers.base import Claim, Consumer, Later, Outcome, Output, Position, Settlement
+from millstream.brokers.base import DONE, Claim, Consumer, Later, Outcome, Output, Position, Settlement
 from millstream.clock import Clock
 from millstream.errors import BrokerError, LeaseLost
 from millstream.handlers.subscriber import Group
 from millstream.telemetry import TIMED_OUT, Telemetry
 from millstream.wire.packs import is_pack
 from millstream.worker.backoff import Backoff
-from millstream.worker.call import DONE, Route, unhandled
+from millstream.worker.call import Route, unhandled
 from millstream.worker.gate import Gate
 from millstream.worker.keeper import Keeper
 from millstream.worker.lane import Cause, Lane, sweep
 from millstream.worker.order import KeyOrder
 from millstream.worker.runs import Run, Runs
+from millstream.worker.settler import Settler
 
 BEHIND = Later(0, "", counted=False)
 _TURN_S = 0.005  # a lane that never suspends lets all else run this often
@@ -49,8 +50,7 @@ class Lanes:
         gate: Gate,
         clock: Clock,
         telemetry: Telemetry,
-        settle: Callable[[Settlement], None],
-        caught_up: Callable[[], Awaitable[None]],
+        settler: Settler,
         dropped: Callable[[int], None],
         turn: Callable[[], int],
         runs: Runs,
@@ -64,8 +64,8 @@ class Lanes:
         self._clock = clock
         self._monotonic = clock.monotonic
         self._telemetry = telemetry
-        self._settle = settle
-        self._caught_up = caught_up
+        self._settler = settler
+        self._settle = settler.add
         self._dropped = dropped
         self._runs = runs
         self._turn = turn
@@ -186,7 +186,7 @@ class Lanes:
     async def _through(self, lane: Lane, route: Route, run: Run) -> None:
         """Handle events of a pack, which stays at the head of the queue: more lanes take of it when we suspend."""
         claim, parts, datas, done = run.claim, run.parts, run.packed.columns.datas, run.open.discard
-        decode, invoke = route.decode_part[run.type], route.invoke
+        decode, invoke = route.decode[run.type], route.invoke
         queue, gate, monotonic = self._queue, self._gate, self._monotonic
         assert lane.task is not None
         cancelling = lane.task.cancelling
@@ -226,9 +226,9 @@ class Lanes:
 
     async def _handle(self, lane: Lane, route: Route, claim: Claim) -> None:
         """Handle a claim, and those behind it that the same handler may have without waiting, or noting, first."""
-        queue, gate, settle, monotonic = self._queue, self._gate, self._settle, self._monotonic
-        routes, in_order = self._routes, self._order is not None
-        prepare, invoke, delivers = route.prepare, route.invoke, route.delivers
+        queue, gate, finish, monotonic = self._queue, self._gate, self._settler.finish, self._monotonic
+        routes, prepare, invoke, delivers = self._routes, route.prepare, route.invoke, route.delivers
+        plain = not delivers and self._order is None
         assert lane.task is not None
         cancelling = lane.task.cancelling
         gate.running += 1
@@ -241,9 +241,10 @@ class Lanes:
                 except BaseException as error:
                     self._failed(lane, route, error)
                 else:
-                    settle(Settlement(claim.position, DONE, prepared.staged if delivers else ()))
-                    if in_order:
-                        self._next(claim.record.key, wait=False)
+                    if plain:
+                        finish(claim.position)
+                    else:
+                        self._done(claim, prepared.staged if delivers else ())
                 if cancelling() or self._freed is not None:
                     self._free(lane)
                 if self._starts <= 0 or not queue or gate.closed or monotonic() >= self._until:
@@ -256,6 +257,14 @@ class Lanes:
         finally:
             gate.leave()
             self._free(lane)
+
+    def _done(self, claim: Claim, staged: Sequence[Output]) -> None:
+        if staged:
+            self._settle(Settlement(claim.position, DONE, staged))
+        else:
+            self._settler.finish(claim.position)
+        if self._order is not None:
+            self._next(claim.record.key, wait=False)
 
     def _free(self, lane: Lane) -> None:
         """What the lane was called for has ended."""
@@ -277,7 +286,9 @@ class Lanes:
             async with self._gate.alone():
                 if await self._begin(claims):
                     await self._call(lane, route, claims)
-                    await self._caught_up()  # before the next one may kill us, or this one would be blamed for it
+                    await (
+                        self._settler.caught_up()
+                    )  # before the next one may kill us, or this one would be blamed for it
 
     async def _call(self, lane: Lane, route: Route, claims: Sequence[Claim]) -> None:
         await self._handle(lane, route, claims[0])

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 
-from millstream.brokers.base import Claim, Dead, Done, Later, Letter, Outcome, Output, Position, Settlement
+from millstream.brokers.base import Claim, Dead, Done, Later, Letter, Outcome, Output, Position, Settlement, finished
 from millstream.clock import Clock
 from millstream.errors import WireError
 from millstream.handlers.subscriber import Group
@@ -179,12 +179,12 @@ class Runs:
         if not (run.open or run.closing):
             self._settle(self._over(run))
 
-    def gathered(self, settlements: list[Settlement]) -> list[Settlement]:
+    def gathered(self, done: list[Position], settlements: list[Settlement]) -> tuple[list[Position], list[Settlement]]:
         """What the broker is to be told in place of these: of the events of open runs only how the whole run ended."""
         if not self._open:
-            return settlements
-        gathered = map(self._gather, settlements)
-        return [settlement for settlement in gathered if settlement is not None]
+            return done, settlements
+        gathered = map(self._gather, finished(done) + settlements)
+        return [], [settlement for settlement in gathered if settlement is not None]
 
     def close(self, partitions: Collection[int] | None = None) -> None:
         """Settle runs of these partitions, or all, of which nothing runs and nothing will: what has not ended is left."""

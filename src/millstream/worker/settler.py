@@ -1,7 +1,8 @@
 """Settler: gathers outcomes and gives them to the broker in few large calls.
 
 There is no timer. While one call is under way, outcomes gather and leave with the next; a lone one leaves at once. So the
-batch grows with the load by itself: one outcome a call when little happens, hundreds when much does.
+batch grows with the load by itself: one outcome a call when little happens, hundreds when much does. What most events come
+to, done and nothing to store, is told by their positions alone.
 
 A full broker may still settle what needs no room. Dead letters and outputs step aside, and are tried again after a pause,
 beside which all others go on.
@@ -31,7 +32,7 @@ class Settler:
         clock: Clock,
         telemetry: Telemetry,
         settled: Callable[[int], None],
-        gathered: Callable[[list[Settlement]], list[Settlement]],
+        gathered: Callable[[list[Position], list[Settlement]], tuple[list[Position], list[Settlement]]],
     ) -> None:
         self._consumer = consumer
         self._group = group
@@ -41,6 +42,7 @@ class Settler:
         self._room = Backoff("store dead letters and outputs", group, clock, telemetry)
         self._settled = settled
         self._gathered = gathered
+        self._finished: list[Position] = []
         self._waiting: list[Settlement] = []
         self._aside: list[Settlement] = []
         self._aside_until = 0.0
@@ -49,6 +51,19 @@ class Settler:
         self._idle = asyncio.Event()
         self._idle.set()
         self._stopping = False
+
+    def finish(self, position: Position) -> None:
+        """Hand over an event that is done, and with which nothing is stored."""
+        if not self._finished:
+            self._wake.set()
+            self._idle.clear()
+        self._finished.append(position)
+
+    def finish_all(self, positions: Sequence[Position]) -> None:
+        """The same for all of a batch."""
+        self._wake.set()
+        self._idle.clear()
+        self._finished += positions
 
     def add(self, settlement: Settlement) -> None:
         """Hand over one outcome."""
@@ -68,16 +83,15 @@ class Settler:
 
     async def run(self) -> None:
         """Ends after `stop`, when all is settled. Cancelled, it drops the rest: those events come again."""
-        while self._waiting or self._aside or not self._stopping:
+        while self._finished or self._waiting or self._aside or not self._stopping:
             pause_s = self._aside_until - self._clock.monotonic()
             if self._aside and pause_s <= 0:
                 self._waiting, self._aside = self._aside + self._waiting, []
-            if self._waiting:
-                waiting = self._gathered(self._waiting)
-                batch, self._waiting = waiting[:MAX_SETTLE], waiting[MAX_SETTLE:]
-                if batch:
-                    await self._settle(batch)
-                if not self._waiting:
+            if self._finished or self._waiting:
+                done, waiting = self._gathered(self._finished, self._waiting)
+                self._finished, self._waiting = [], []
+                await self._tell(done, waiting)
+                if not (self._finished or self._waiting):
                     self._idle.set()
                 continue
             self._wake.clear()
@@ -85,6 +99,26 @@ class Settler:
                 await self._clock.wait(self._wake, pause_s)
             else:
                 await self._wake.wait()
+
+    async def _tell(self, done: list[Position], waiting: list[Settlement]) -> None:
+        """Of a key what is done goes first: what must be tried again is behind it."""
+        for begin in range(0, len(done), MAX_SETTLE):
+            if not await self._finish(done[begin : begin + MAX_SETTLE]):
+                self._finished, self._waiting = done[begin:] + self._finished, waiting + self._waiting
+                return
+        batch, self._waiting = waiting[:MAX_SETTLE], waiting[MAX_SETTLE:] + self._waiting
+        if batch:
+            await self._settle(batch)
+
+    async def _finish(self, positions: list[Position]) -> bool:
+        try:
+            answers = await self._consumer.finish(positions)
+        except BrokerError as error:  # nothing is known: the same again
+            self._repeated.update(positions)
+            await self._backoff.pause(error)
+            return False
+        self._answered(positions, answers)
+        return True
 
     async def _settle(self, batch: list[Settlement]) -> None:
         try:
@@ -100,18 +134,21 @@ class Settler:
                 self._waiting = batch + self._waiting
                 await self._backoff.pause(error)
         else:
-            self._backoff.reset()
             if not self._aside:
                 self._room.reset()
-            self._settled(len(batch))
-            if not all(answers):
-                self._tell_refused(batch, answers)
-            if self._repeated:
-                self._repeated.difference_update(settlement.position for settlement in batch)
+            self._answered([settlement.position for settlement in batch], answers)
 
-    def _tell_refused(self, batch: Sequence[Settlement], answers: Sequence[bool]) -> None:
+    def _answered(self, positions: Sequence[Position], answers: Sequence[bool]) -> None:
+        self._backoff.reset()
+        self._settled(len(positions))
+        if not all(answers):
+            self._tell_refused(positions, answers)
+        if self._repeated:
+            self._repeated.difference_update(positions)
+
+    def _tell_refused(self, positions: Sequence[Position], answers: Sequence[bool]) -> None:
         """Of what was sent twice nobody can tell: the first answer, which we never got, may have been a yes."""
-        refused = [settlement.position for settlement, ours in zip(batch, answers, strict=True) if not ours]
+        refused = [position for position, ours in zip(positions, answers, strict=True) if not ours]
         refused = [position for position in refused if position not in self._repeated]
         if refused:
             self._telemetry.emit(STALE, group=self._group, positions=refused)

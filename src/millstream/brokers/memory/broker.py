@@ -37,6 +37,7 @@ from millstream.brokers.base import (
     check_declared,
     check_mode,
     check_owner,
+    finished,
 )
 from millstream.brokers.letters import put_off
 from millstream.brokers.memory.admin import MemoryAdmin
@@ -246,6 +247,10 @@ class MemoryConsumer:
             raise LeaseLost(f"somebody else has taken over what {self._member.name} held")
         for pending in filter(None, held):
             pending.started = True
+
+    async def finish(self, positions: Sequence[Position]) -> list[bool]:
+        """`settle` for events that are done, and with which nothing is stored."""
+        return await self.settle(finished(positions))
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[bool]:
         """Store outcomes, each with its outputs in one step; False where an event was not ours any more."""

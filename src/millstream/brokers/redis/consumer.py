@@ -39,6 +39,7 @@ from millstream.brokers.base import (
     Position,
     Settlement,
     Subscription,
+    finished,
 )
 from millstream.brokers.letters import put_off
 from millstream.brokers.redis import parts
@@ -127,6 +128,22 @@ class RedisConsumer:
         except LeaseLost:
             self._end(life)
             raise
+
+    async def finish(self, positions: Sequence[Position]) -> list[bool]:
+        """`settle` for events that are done, and with which nothing is stored: the hot path, fresh events in one write."""
+        life = self._life
+        if life is None or not life.connected or life.doubted:
+            return await self.settle(finished(positions))
+        try:
+            others = await self._acknowledge(life, positions)
+        except (GroupVanished, LeaseLost):  # `settle` meets it again, and knows what to do
+            return await self.settle(finished(positions))
+        if life.fenced:
+            self._end(life)
+        if not others:
+            return [True] * len(positions)
+        answers = dict(zip(others, await self.settle(finished(others)), strict=True))
+        return [answers.get(position, True) for position in positions]
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[bool]:
         """Store outcomes and outputs; False where an event was not ours any more.
@@ -298,7 +315,11 @@ class RedisConsumer:
             await self._settle(life, settlements, results)
 
     async def _settle(self, life: Incarnation, settlements: Sequence[Settlement], results: list[bool]) -> None:
-        left = await self._acknowledge(life, settlements, results)
+        bare = [index for index, settlement in enumerate(settlements) if not results[index] and _is_bare(settlement)]
+        others = set(await self._acknowledge(life, [settlements[index].position for index in bare]))
+        for index in bare:
+            results[index] = settlements[index].position not in others
+        left = [index for index, settled in enumerate(results) if not settled]
         if not left:
             return
         plain = [index for index in left if not settlements[index].outputs]
@@ -311,34 +332,24 @@ class RedisConsumer:
         if refused is not None:
             raise refused
 
-    async def _acknowledge(
-        self, life: Incarnation, settlements: Sequence[Settlement], results: list[bool]
-    ) -> Sequence[int]:
-        # The hot path: fresh events that are done, and nothing else. Returns which of the others are left to settle.
-        done: list[int] = []
-        left: list[int] = []
-        offsets: dict[int, list[str]] = defaultdict(list)
+    async def _acknowledge(self, life: Incarnation, positions: Sequence[Position]) -> list[Position]:
+        # The hot path: fresh events, in one write. Returns those that are not fresh, or not ours: they are left to settle.
+        fresh: dict[int, list[str]] = defaultdict(list)
+        others: list[Position] = []
         all_held = life.held
-        for index, settlement in enumerate(settlements):
-            if results[index]:
-                continue
-            position = settlement.position
-            partition, offset = position.partition, position.offset
-            bare = type(settlement.outcome) is Done and not (settlement.outputs or settlement.letters)
-            if bare and all_held[partition].get(offset, 0) > 0:
-                done.append(index)
-                offsets[partition].append(offset)
+        for position in positions:
+            offset = position.offset
+            if all_held[position.partition].get(offset, 0) > 0:
+                fresh[position.partition].append(offset)
             else:
-                left.append(index)
-        if done:
-            await life.acknowledge(list(offsets.items()))
-            for partition, acked in offsets.items():
+                others.append(position)
+        if fresh:
+            await life.acknowledge(list(fresh.items()))
+            for partition, offsets in fresh.items():
                 forget = all_held[partition].pop
-                for offset in acked:
+                for offset in offsets:
                     forget(offset, None)
-            for index in done:
-                results[index] = True
-        return left
+        return others
 
     async def _append_and_apply(
         self, life: Incarnation, settlements: Sequence[Settlement], indexes: Sequence[int], results: list[bool]
@@ -424,3 +435,8 @@ def _refusal(life: Incarnation, item: Item, answer: Any, targets: Targets) -> Br
         return life.writer.failure(Exception(answer.decode().lstrip("-")), "dead letter")
     why, number = answer
     return targets.refusal(item.outputs[number - 1], why)
+
+
+def _is_bare(settlement: Settlement) -> bool:
+    """True for an event that is done, and with which nothing is stored."""
+    return type(settlement.outcome) is Done and not (settlement.outputs or settlement.letters)

@@ -24,7 +24,7 @@ import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from millstream.brokers.base import Claim, Dead, Kept, Position, Settlement, Subscription
+from millstream.brokers.base import Claim, Dead, Kept, Position, Settlement, Subscription, finished
 from millstream.brokers.sqlite import group, member
 from millstream.brokers.sqlite.member import Life, Member
 from millstream.brokers.sqlite.watch import Watch
@@ -86,6 +86,10 @@ class SQLiteConsumer:
         me = self._me if self._held.keys() >= set(positions) else None
         if me is None or not await self._broker.writer.ask(lambda db: group.begin(db, me, positions)):
             raise LeaseLost(f"group {self._subscription.group!r}: somebody else has taken over what we held")
+
+    async def finish(self, positions: Sequence[Position]) -> list[bool]:
+        """`settle` for events that are done, and with which nothing is stored."""
+        return await self.settle(finished(positions))
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[bool]:
         """Store outcomes with their outputs, all in one transaction: when it raises, none is stored, or it is in doubt.

@@ -297,6 +297,43 @@ async def test_a_cancelled_settlement_can_be_sent_again(trial: Trial) -> None:
     assert (info.done, info.pending) == (10, 0)
 
 
+async def test_finishing_is_settling_what_is_done(trial: Trial) -> None:
+    consumer, other = await trial.consumer(stream=PARTED), await trial.consumer("warehouse", stream=PARTED)
+    for partition in range(3):
+        await trial.publish(2, stream=PARTED, partition=partition)
+    claims = await trial.claims(consumer, 6)
+    done, rest = positions(claims[:4]), positions(claims[4:])
+    assert await other.finish(done) == [False] * 4
+    assert await consumer.finish(done) == [True] * 4
+    assert await consumer.finish([*done[:2], rest[0], *done[2:]]) == [False, False, True, False, False]
+    assert await consumer.settle([settle(claim) for claim in claims]) == [*[False] * 5, True]
+    await trial.nothing(consumer)
+    info = await trial.info(stream=PARTED)
+    assert (info.done, info.pending, info.lag) == (6, 0, 0)
+
+
+async def test_what_is_tried_again_is_finished_like_all_else(trial: Trial) -> None:
+    consumer = await trial.consumer()
+    await trial.publish(2)
+    first, second = await trial.claims(consumer, 2)
+    await consumer.settle([settle(first, Later(trial.clock.now_ms(), "busy"))])
+    again = await trial.claim(consumer)
+    assert await consumer.finish(positions([second, again])) == [True, True]
+    await trial.nothing(consumer)
+    info = await trial.info()
+    assert (info.done, info.pending, info.retried) == (2, 0, 1)
+
+
+async def test_who_was_evicted_finishes_nothing(trial: Trial) -> None:
+    silent, living = await trial.consumer(), await trial.consumer(broker=await trial.another())
+    await trial.publish(2)
+    held = positions(await trial.claims(silent, 2))
+    trial.silence(silent)
+    again = await trial.claims(living, 2)
+    assert await silent.finish(held) == [False, False]
+    assert await living.finish(positions(again)) == [True, True]
+
+
 async def test_consumers_may_fetch_beside_settling_and_beating(trial: Trial) -> None:
     total, handled = 300, list[Position]()
 
