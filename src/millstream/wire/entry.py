@@ -105,22 +105,26 @@ def read_page(partition: int, entries: Iterable[tuple[bytes, Sequence[bytes]]]) 
     """Of each entry of a log, by id and fields: its offset, and what `read_or_fault` answers."""
     page: list[tuple[str, Record, str]] = []
     add = page.append
-    last: bytes | None = None
-    time_ms = 0
+    last_type: bytes | None = None
+    last_source: bytes | None = None
+    last_stamp: bytes | None = None
+    name, app, time_ms = "", "", 0
     for entry_id, fields in entries:
         offset = entry_id.decode()
         try:
             n1, id_, n2, type_, n3, source, n4, time, n5, subject, n6, headers, n7, data = fields
-            if (n1, n2, n3, n4, n5, n6, n7) == FIELDS and id_ and len(id_) <= MAX_ID_CHARS:
-                small = len(data) <= MAX_EVENT_BYTES and len(headers) <= MAX_HEADERS_BYTES
-                if small and len(subject) <= MAX_KEY_BYTES:
-                    stamp = time or entry_id.partition(b"-")[0]
-                    if stamp != last:  # the events of one write have one time
-                        time_ms, last = _milliseconds(stamp), stamp
-                    key = subject.decode() if subject else None
-                    name, app = _types[type_], _sources[source]
-                    add((offset, Record(partition, id_.decode(), name, data, key, time_ms, headers, None, app), ""))
-                    continue
+            small = len(data) <= MAX_EVENT_BYTES and len(headers) <= MAX_HEADERS_BYTES and len(subject) <= MAX_KEY_BYTES
+            if small and (n1, n2, n3, n4, n5, n6, n7) == FIELDS and id_ and len(id_) <= MAX_ID_CHARS:
+                if type_ != last_type:
+                    name, last_type = _types[type_], type_
+                if source != last_source:
+                    app, last_source = _sources[source], source
+                stamp = time or entry_id.partition(b"-")[0]
+                if stamp != last_stamp:  # the events of one write have one time
+                    time_ms, last_stamp = _milliseconds(stamp), stamp
+                key = subject.decode() if subject else None
+                add((offset, Record(partition, id_.decode(), name, data, key, time_ms, headers, None, app), ""))
+                continue
         except ValueError:  # the closer look below says why
             pass
         add((offset, *read_or_fault(partition, offset, fields)))

@@ -26,6 +26,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
@@ -281,9 +282,9 @@ class RedisConsumer:
             await life.trust()
             if self._life is not life:  # it has ended meanwhile, and all that it had claimed is lost with it
                 return []
-            count = min(limit, len(life.surplus))
-            self._few = count <= MAX_FEW and not life.full
-            return [life.surplus.popleft() for _ in range(count)]
+            claims, life.surplus = life.surplus[:limit], life.surplus[limit:]
+            self._few = len(claims) <= MAX_FEW and not life.full
+            return claims
         except GroupVanished as error:
             await self._heal(life, error)
         except LeaseLost as error:
@@ -336,17 +337,18 @@ class RedisConsumer:
         # The hot path: fresh events, in one write. Returns those that are not fresh, or not ours: they are left to settle.
         fresh: dict[int, list[str]] = defaultdict(list)
         others: list[Position] = []
-        all_held = life.held
         for position in positions:
-            offset = position.offset
-            if all_held[position.partition].get(offset, 0) > 0:
-                fresh[position.partition].append(offset)
-            else:
-                others.append(position)
-        if fresh:
-            await life.acknowledge(list(fresh.items()))
-            for partition, offsets in fresh.items():
-                forget = all_held[partition].pop
+            fresh[position.partition].append(position.offset)
+        for partition, offsets in fresh.items():
+            counts = life.held[partition]
+            if min(map(counts.get, offsets, repeat(0))) <= 0:
+                others += [Position(partition, offset) for offset in offsets if counts.get(offset, 0) <= 0]
+                fresh[partition] = [offset for offset in offsets if counts.get(offset, 0) > 0]
+        acks = [(partition, offsets) for partition, offsets in fresh.items() if offsets]
+        if acks:
+            await life.acknowledge(acks)
+            for partition, offsets in acks:
+                forget = life.held[partition].pop
                 for offset in offsets:
                     forget(offset, None)
         return others

@@ -19,7 +19,6 @@ The hot path, claim and ack of a fresh event of 200 bytes, costs this process 2.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -78,7 +77,7 @@ class Incarnation:
         self.members = Members(place, clock, subscription.lease_s, name)
         self.held: list[dict[str, int]] = [{} for _ in place.partitions]
         """Per partition what is held, and its delivery count; negative where a note must be cleared with it."""
-        self.surplus: deque[Claim] = deque()
+        self.surplus: list[Claim] = []
         """Held, and not handed out yet: all that is claimed comes here first, so that no error or cancelling loses it."""
         self.due_ms = [_NEVER] * len(place.partitions)
         """When the first waiting entry of each partition is due, in the server's time."""
@@ -187,7 +186,7 @@ class Incarnation:
 
     def let_go(self, partition: int) -> None:
         """Forget what was not handed out yet of a partition: it was handed back."""
-        self.surplus = deque(claim for claim in self.surplus if claim.position.partition != partition)
+        self.surplus = [claim for claim in self.surplus if claim.position.partition != partition]
         self._returned = {at: claim for at, claim in self._returned.items() if at.partition != partition}
 
     def stored(self, settlements: Sequence[Settlement]) -> list[bool]:
