@@ -31,11 +31,15 @@ class BatchLanes(Lanes):
         self._within_s = seconds(self._group.batch.within)
         self._gathering = asyncio.Lock()
         self._packs = False  # whether there may be packs in the queue, or behind a key
+        self._plain = False  # whether all that is queued is fresh, without order, and there are handlers for it
 
     def put(self, claims: Iterable[Claim]) -> None:
         """Queue claims."""
         claims = list(claims)
-        self._packs = self._packs or packs.TYPE in {claim.record.type for claim in claims}
+        types = {claim.record.type for claim in claims}
+        plain = self._order is None and types <= self._routes.keys() and not any(claim.suspect for claim in claims)
+        self._packs = self._packs or packs.TYPE in types
+        self._plain = plain and (self._plain or not self._queue)
         super().put(claims)
 
     async def _work(self, lane: Lane) -> None:
@@ -53,7 +57,7 @@ class BatchLanes(Lanes):
 
     async def _batch(self, lane: Lane, claims: Sequence[Claim]) -> None:
         routes = self._routes
-        known = [claim for claim in claims if claim.record.type in routes]
+        known = claims if self._plain else [claim for claim in claims if claim.record.type in routes]
         if len(known) < len(claims):
             for claim in claims:
                 if claim.record.type not in routes:
@@ -61,7 +65,7 @@ class BatchLanes(Lanes):
         if not known:
             return
         route = self._routes[known[0].record.type]
-        if any(claim.suspect for claim in known):
+        if not self._plain and any(claim.suspect for claim in known):
             await self._suspects(lane, route, known)
         else:
             await self._handle_batch(lane, route, known)
@@ -85,8 +89,10 @@ class BatchLanes(Lanes):
         return []
 
     def _take(self) -> list[Claim]:
-        batch: list[Claim] = []
         queue, order = self._queue, self._order
+        if self._plain and not self._stopping:
+            return [queue.popleft() for _ in range(min(len(queue), self._size))]
+        batch: list[Claim] = []
         while queue and len(batch) < self._size and not self._stopping:
             claim = queue[0]
             if self._packs and is_pack(claim.record):
