@@ -48,6 +48,10 @@ class Line:
     p99_ms: float | None = None
     limit_p50_ms: float | None = None
     limit_p99_ms: float | None = None
+    best: float | None = None
+    """The ratio of our best run to the limit's best one: other work on the machine only ever takes time."""
+    limit_swing: float | None = None
+    """How many times as fast as its slowest run the limit was in its fastest: how restless the machine is."""
     missing: str = ""
     """Why there is no figure."""
 
@@ -65,6 +69,7 @@ def line(
     rate, limit = middle(runs, "rate"), middle(limits, "rate")
     p50, limit_p50 = middle(runs, "p50_ms"), middle(limits, "p50_ms")
     above, below = (limit_p50, p50) if fixed_rate else (rate, limit)
+    ours_at, limit_at = _speeds(runs), _speeds(limits)
     rates = [run["rate"] for run in runs]
     return Line(
         who,
@@ -88,6 +93,8 @@ def line(
         middle(runs, "p99_ms"),
         limit_p50,
         middle(limits, "p99_ms"),
+        max(ours_at) / max(limit_at) if limit_at else None,
+        max(limit_at) / min(limit_at) if limit_at else None,
     )
 
 
@@ -95,6 +102,10 @@ def middle(runs: Sequence[Found], name: str) -> float | None:
     """The median of what each run has under a name; None where they have nothing."""
     found = [run[name] for run in runs if name in run]
     return median(found) if found else None
+
+
+def _speeds(runs: Sequence[Found]) -> list[float]:
+    return [1 / run["p50_ms"] if "p50_ms" in run else run["rate"] for run in runs]
 
 
 def _number(value: float | None) -> str:

@@ -39,6 +39,7 @@ pings = Stream("pings", Ping)
 
 def handle(url: str, events: int, idle_s: float, pipe: Connection) -> None:
     """The other process: sends what it takes while idle, and then when each handler began."""
+    _quiet()
     _run(_handle(url, events, idle_s, pipe))
 
 
@@ -95,9 +96,12 @@ def measured(url: str, events: int, every_s: float, idle_s: float = IDLE_S) -> d
 
 
 def _run(main: Coroutine[Any, Any, T]) -> T:
-    logging.getLogger("millstream").setLevel(logging.ERROR)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(main)
+
+
+def _quiet() -> None:
+    logging.getLogger("millstream").setLevel(logging.ERROR)
 
 
 def main() -> None:
@@ -106,6 +110,7 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=300)
     parser.add_argument("--every", type=float, default=0.02, metavar="SECONDS")
     options = parser.parse_args()
+    _quiet()
     with tempfile.TemporaryDirectory() as folder:
         url = options.url or f"sqlite:///{folder}/wakeup.db"
         print(json.dumps(measured(url, options.events, options.every)))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +15,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import limits, others, ours, profiling, record, run
+from benchmarks import bytecodes, limits, others, ours, profiling, record, run
 from benchmarks.chart import chart
 from benchmarks.figures import OURS, Line, factors, line, markdown, table
 from benchmarks.limits import Limit
@@ -24,6 +25,14 @@ from tests.servers import RedisServer
 
 EVENTS = 200
 HANDLED = Line("redis", "handle", EVENTS, 200, 60_000, 50_000, 70_000, "consume", 100_000, 0.6)
+
+
+@pytest.fixture(autouse=True)
+def logs() -> Iterator[None]:
+    """What the tools do not want to be told, other tests do."""
+    before = logging.getLogger("millstream").level
+    yield
+    logging.getLogger("millstream").setLevel(before)
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +197,15 @@ def test_a_ratio_of_latencies_is_smaller_when_ours_takes_longer() -> None:
     assert found.ratio == 0.25
 
 
+def test_the_best_ratio_is_that_of_each_sides_best_run() -> None:
+    runs = [{"events": 9, "size": 200, "rate": rate} for rate in (10, 20, 30)]
+    found = line("redis", "handle", "consume", runs, [{"rate": 20}, {"rate": 60}, {"rate": 30}])
+    assert (found.ratio, found.best, found.limit_swing) == (20 / 30, 0.5, 3.0)
+    ours_took = [{"events": 9, "size": 200, "rate": 500, "p50_ms": p50_ms, "p99_ms": 4} for p50_ms in (0.8, 0.25)]
+    found = line("redis", "latency", "latency", ours_took, [{"rate": 500, "p50_ms": p50_ms} for p50_ms in (0.5, 0.125)])
+    assert (found.best, found.limit_swing) == (0.5, 4.0)
+
+
 def test_without_a_limit_there_is_no_ratio() -> None:
     found = line("memory", "handle", "consume", [{"events": 9, "size": 200, "rate": 10}], [])
     assert (found.rate, found.limit, found.ratio) == (10, None, None)
@@ -229,6 +247,50 @@ def test_the_gate_closes_below_85_percent_of_what_is_recorded(now: Line, complai
     assert record.complaints(json.loads(file.read_text()), [now]) == ([complaint] if complaint else [])
 
 
+@pytest.mark.parametrize(
+    ("best", "swing", "complaint"),
+    [
+        (0.69, 3.0, None),
+        (0.6, 1.2, "redis handle: 0.600 of the limit, 25% below the recorded 0.800"),
+        (
+            0.6,
+            2.0,
+            "redis handle: 0.600 of the limit, 25% below the recorded 0.800; noise? the limit swings 2.0 times",
+        ),
+    ],
+)
+def test_the_gate_compares_the_best_runs_and_tells_of_a_restless_machine(
+    best: float, swing: float, complaint: str | None, tmp_path: Path
+) -> None:
+    file = tmp_path / "recorded.json"
+    record.save(file, [replace(HANDLED, best=0.8)], rounds=3, server=None)
+    now = replace(HANDLED, ratio=0.1, best=best, limit_swing=swing)
+    assert record.complaints(json.loads(file.read_text()), [now]) == ([complaint] if complaint else [])
+
+
+@pytest.mark.parametrize(("bests", "code"), [([0.1, 0.1, 0.6], 0), ([0.1] * 9, 1)])
+def test_what_is_slower_is_run_again_alone_before_the_gate_says_so(
+    bests: list[float], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, ran, left = tmp_path / "recorded.json", list[tuple[object, ...]](), iter([*bests, 0.6])
+
+    class Scripted:
+        def __init__(self, *_: object) -> None: ...
+
+        def round(self, *what: object) -> None:
+            ran.append(what)
+
+        def lines(self) -> list[Line]:
+            return [replace(HANDLED, who="sqlite", best=next(left)), replace(HANDLED, who="sqlite", scenario="both")]
+
+    record.save(file, [replace(HANDLED, who="sqlite", best=0.6)], rounds=1, server=None)
+    monkeypatch.setattr(run, "Rounds", Scripted)
+    assert run.main(["handle", "both", "--broker", "sqlite", "--rounds", "2", "--gate", "--file", str(file)]) == code
+    again = len(ran) - 2
+    assert ran[2:] == [(["sqlite"], ["handle"], [])] * again
+    assert again == (4 if code == 0 else 2 * run.RERUNS)
+
+
 def test_the_gate_says_what_became_slower_and_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "recorded.json"
     record.save(file, [replace(HANDLED, who="sqlite", ratio=1_000.0)], rounds=1, server=None)
@@ -237,15 +299,55 @@ def test_the_gate_says_what_became_slower_and_fails(tmp_path: Path, capsys: pyte
     assert "slower: sqlite handle: " in capsys.readouterr().err
 
 
+@pytest.fixture
+def tracing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What traces the tests has its turn again; the in-flight limit is no other test's."""
+    monkeypatch.setenv("MILLSTREAM_MAX_IN_FLIGHT", bytecodes.IN_FLIGHT)
+    before = sys.gettrace()
+    yield
+    sys.settrace(before)
+
+
+@pytest.mark.usefixtures("tracing")
+def test_bytecodes_are_counted_where_they_are_run_and_are_the_same_again(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/counted.db"
+    first, second = (bytecodes.counted("publish-many", f"{url}.{run}", 2_000) for run in range(2))
+    assert sum(first.values()) == pytest.approx(sum(second.values()), rel=0.05)
+    assert any("storing.py" in name for name in first)  # which is run by a thread
+    assert not any("scenarios.py" in name and "made" in name for name in first)  # which is not timed
+
+
+@pytest.mark.usefixtures("tracing")
+def test_the_gate_of_bytecodes_closes_where_there_are_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "bytecodes.json"
+    words = ["handle", "--broker", "memory", "--events", "2000", "--file", str(file)]
+    assert bytecodes.main([*words, "--record"]) == 0
+    assert bytecodes.main([*words, "--gate"]) == 0
+    recorded = json.loads(file.read_text())
+    recorded["counts"]["memory handle"] /= 1.2
+    file.write_text(json.dumps(recorded))
+    assert bytecodes.main([*words, "--gate"]) == 1
+    assert "more: memory handle: " in capsys.readouterr().err
+    recorded["python"] = "3.99"
+    assert bytecodes.complaints(recorded, {"memory handle": 1e6}) == []
+
+
+@pytest.mark.usefixtures("tracing")
+def test_without_a_record_the_functions_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bytecodes.main(["handle", "--broker", "memory", "--events", "200"]) == 0
+    assert "millstream/worker/lanes.py:" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("words", [["nonsense"], ["--peers", "nonsense"], ["--size", "10"], ["--record", "--gate"]])
 def test_wrong_words_are_refused(words: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         run.main(words)
 
 
-def test_a_gate_without_a_record_says_what_to_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gate", [run.main, bytecodes.main])
+def test_a_gate_without_a_record_says_what_to_do(gate: Callable[[list[str]], int], tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="run with --record first"):
-        run.main(["--gate", "--file", str(tmp_path / "none.json")])
+        gate(["--gate", "--file", str(tmp_path / "none.json")])
 
 
 def test_help_names_every_scenario(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -98,6 +99,15 @@ async def test_nothing_is_taken_out_of_an_iterator_before_it_can_be_sent() -> No
         assert len(await publishing) == 3_000
 
 
+@pytest.mark.parametrize("kind", [list, tuple, deque, iter])
+async def test_events_come_in_anything_that_can_be_looked_through(kind: Callable[[list[Placed]], Any]) -> None:
+    async with opened() as (app, broker):
+        broker.gate.set()
+        positions = await app.publish_many(kind([Placed(n=n) for n in range(1_500)]))
+        assert [int(position.offset) for position in positions] == list(range(1, 1_501))
+        assert broker.written == [1_000, 500]
+
+
 async def test_an_event_that_cannot_be_published_waits_for_what_is_under_way_before_it_is_refused() -> None:
     events = [Placed(n=n) for n in range(2_000)]
     events[1_000] = Placed(note="x" * 2_000_000)
@@ -186,3 +196,42 @@ def test_an_event_alone_gives_the_record_that_its_envelope_gives(key: Any, parti
         record = route.record(Placed(n=n))
         assert route.record(Envelope(Placed(n=n), id=record.id)) == record
         assert records.record(route, Placed(n=n), id_=record.id) == record
+    events = [Placed(n=n) for n in range(50)]
+    together = route.records(events)
+    assert together == [records.record(route, event, id_=r.id) for event, r in zip(events, together, strict=True)]
+    assert len({record.id for record in together}) == 50
+
+
+def test_an_empty_key_is_a_key() -> None:
+    stream = Stream("keyed", Placed, key="note", partitions=64)
+    route = made().route(Placed(), stream)
+    assert {(record.key, record.partition) for record in route.records([Placed()] * 50)} == {("", 0)}
+
+
+def test_a_list_is_cut_where_a_write_is_full() -> None:
+    large = [Placed(n=n, note="x" * 900_000) for n in range(10)]
+    events = [*large, *(Placed(n=n) for n in range(10, 2_000))]
+    found = list(chunks(made(), events, None))
+    assert [len(chunk.records) for chunk in found] == [4, 4, 1_000, 992]
+    assert [event for chunk in found for event in chunk.events] == events
+
+
+@pytest.mark.parametrize("place", [0, 3, 999])
+def test_of_a_write_with_an_event_that_cannot_be_published_nothing_is_made(place: int) -> None:
+    stream = Stream("keyed", Placed, key="note")
+    for note in ("x" * 2_000_000, "x" * 2_000):  # too large an event, too long a key
+        events = [Placed(n=n) for n in range(2_000)]
+        events[1_000 + place] = Placed(note=note)
+        found = chunks(made(), events, stream)
+        assert len(next(found).records) == 1_000
+        with pytest.raises(TooLarge):
+            next(found)
+
+
+def test_envelopes_and_other_classes_in_a_list_keep_their_places() -> None:
+    both = Stream("both", Placed | Noted)
+    events = [Placed(n=0), Envelope(Placed(n=1), id="one"), Noted(n=2), *(Placed(n=n) for n in range(3, 1_500))]
+    found = list(chunks(made(), events, both))
+    assert [event for chunk in found for event in chunk.events] == events
+    assert [record.type for record in found[0].records[:4]] == ["order.placed"] * 2 + ["order.noted", "order.placed"]
+    assert found[0].records[1].id == "one"

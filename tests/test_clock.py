@@ -25,6 +25,15 @@ def test_ids_are_short_and_unique() -> None:
     assert all(len(id) <= 24 and id.isascii() and id.isalnum() for id in ids)
 
 
+def test_many_ids_are_those_that_come_one_by_one() -> None:
+    clock, other = Clock(), Clock()
+    first, *more = clock.new_ids(3)
+    prefix = first[:12]
+    assert [first, *more, clock.new_id(), *clock.new_ids(2)] == [f"{prefix}{n}" for n in range(1, 7)]
+    assert clock.new_ids(0) == [] and clock.new_id() == f"{prefix}7"
+    assert other.new_id()[:12] != prefix
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks on this system")
 def test_a_forked_child_draws_other_ids_than_its_parent() -> None:
     code = """

@@ -60,6 +60,7 @@ class TestSQLiteBroker(Conformance):
         retention=True,
         slots=True,
         packs=True,
+        dictionaries=True,
     )
 
     @pytest.fixture
@@ -76,7 +77,16 @@ def server(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
 class TestRedisBroker(Conformance):
     """On each version, within one server: every test has a namespace of its own."""
 
-    traits = Traits(order=True, delayed=True, atomic_outputs=True, dedupe=True, retention=True, slots=True, packs=True)
+    traits = Traits(
+        order=True,
+        delayed=True,
+        atomic_outputs=True,
+        dedupe=True,
+        retention=True,
+        slots=True,
+        packs=True,
+        dictionaries=True,
+    )
 
     @pytest.fixture
     def place(self, server: RedisServer) -> Place:

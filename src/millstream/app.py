@@ -135,7 +135,7 @@ class App(Router):
         `to` may be left out while exactly one known stream carries the type. Calls that are made at the same time leave as
         one write. An envelope with `due` is published then; until then its position has the offset `later`.
         """
-        return await self._open().publish(event, to=to, confirm=confirm)
+        return await self._open().publisher.publish(event, to, confirm)
 
     @overload
     async def publish_at(

@@ -93,10 +93,22 @@ class Clock:
 
     def new_id(self) -> str:
         """An event id of at most 24 characters, unique across processes: a random prefix and a counter."""
-        if self._fork != _forks:  # a forked child must not go on counting with its parent's prefix
-            self._fork, self._prefix, self._issued = _forks, self.nonce(), 0
+        if self._fork != _forks:
+            self._begin()
         self._issued += 1
         return f"{self._prefix}{self._issued:x}"
+
+    def new_ids(self, count: int) -> list[str]:
+        """So many of them, as `new_id` gives them one after the other."""
+        if self._fork != _forks:
+            self._begin()
+        prefix, first = self._prefix, self._issued + 1
+        self._issued += count
+        return [f"{prefix}{number:x}" for number in range(first, first + count)]
+
+    def _begin(self) -> None:
+        """A prefix of our own: a forked child must not go on counting with its parent's."""
+        self._fork, self._prefix, self._issued = _forks, self.nonce(), 0
 
 
 def _base36(number: int) -> str:

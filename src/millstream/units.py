@@ -31,6 +31,7 @@ MAX_APPEND_RECORDS = 1_000  # records in one write: more gains nothing, and a lo
 MAX_APPEND_BYTES = 4_194_304  # bytes in one write, for the same reason
 MAX_PACK_EVENTS = 4_096  # events in one entry: a crash may repeat all of them, and past 512 little is gained
 MAX_PACK_BYTES = 4_194_304  # of its events before compression: what each reader holds in memory for one entry
+MAX_DICTIONARIES = 16  # of a stream, each kept as long as it: 2 MB beside it, and in who reads it
 MAX_DICTIONARY_BYTES = 112_640  # zstd's own default; past 16 KiB small events gain next to nothing
 MAX_TIME_MS = 253_402_300_799_999  # the last millisecond of the year 9999, which a datetime can still hold
 MAX_DEDUPE_S = (

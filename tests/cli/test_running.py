@@ -8,6 +8,7 @@ import signal
 import pytest
 import redis
 
+from millstream.worker import collector
 from tests.cli.conftest import Program, Project
 from tests.servers import RedisServer, free_port
 
@@ -67,6 +68,34 @@ def test_an_app_with_nothing_but_a_schedule_runs(project: Project) -> None:
     program.until(lambda: project("tail", "ticks", "--app", "clock:app").stdout.count("tick") > 1)
     program.until(lambda: "schedule beat: every 100ms to ticks" in program.err)
     assert program.interrupt(signal.SIGTERM) == 0
+
+
+WATCHED = """
+import gc
+from millstream import App, Event, Stream, every
+{before}
+class Tick(Event, type="tick"): pass
+ticks = Stream("ticks", Tick)
+app = App("clock", include=[every("100ms", Tick, to=ticks, name="beat")])
+
+@app.subscriber(ticks, "watch")
+async def look(event: Tick) -> None:
+    print(gc.get_threshold()[0], gc.get_freeze_count() > 1_000, flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "seen"), [("", f"{collector.OBJECTS} True"), ("gc.set_threshold(1_234)", "1234 True")]
+)
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_collector_looks_seldom_unless_the_app_says_how_often(
+    project: Project, before: str, seen: str, workers: str
+) -> None:
+    project.write("clock.py", WATCHED.format(before=before))
+    program = project.start("run", "clock:app", "--workers", workers)
+    program.until(lambda: "\n" in program.out)
+    assert program.interrupt(signal.SIGTERM) == 0
+    assert set(program.out.splitlines()) == {seen}
 
 
 @pytest.mark.parametrize("only", [("--only", "billing"), ("--only", "orders/billing"), ("--only", "billing,billing")])

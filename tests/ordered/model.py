@@ -168,7 +168,7 @@ class World:
     def _read(self) -> None:
         cursor = self._window.cursor
         begin, room = int(cursor.after or 0), 3 if self._window.catching_up else min(3, max(0, cursor.room))
-        self._window.put(Claim.of(stored, 1) for stored in self.ledger.log[begin : begin + room])
+        self._window.put([Claim.of(stored, 1) for stored in self.ledger.log[begin : begin + room]])
 
     def _hand_out(self) -> None:
         self._take(self._window.hand_out(self._chance.randint(1, 4)))
@@ -210,7 +210,10 @@ class World:
             self._settle(Settlement(self._put_back.pop(index).stored.position, PUT_BACK))
 
     def _settle(self, settlement: Settlement) -> None:
-        assert self._window.settle(settlement)
+        if settlement == Settlement(settlement.position, Done()) and self._chance.random() < 0.5:
+            assert self._window.finish([settlement.position.offset]) == []
+        else:
+            assert self._window.settle(settlement)
         self._settled.add(settlement.position.offset)
         assert not self._window.holds(settlement.position.offset)
 

@@ -9,7 +9,9 @@ import pytest
 from millstream.brokers import budget
 from millstream.brokers.base import Position, Record
 from millstream.brokers.budget import EVENT_BYTES, MAX_BYTES, Budget, Held
-from millstream.brokers.window import WINDOW
+from millstream.brokers.ledger import Cursor, Grant
+from millstream.brokers.window import WINDOW, Window
+from millstream.brokers.windows import Windows
 from tests.ordered.helpers import handed_out, settle, stored
 from tests.ordered.scripted import Place, opened, positions, settlement
 
@@ -40,6 +42,13 @@ def test_a_consumer_that_never_left_takes_no_part_for_ever() -> None:
 
 def test_without_windows_there_is_a_share_all_the_same() -> None:
     assert Budget().share_bytes(0) == MAX_BYTES
+
+
+def test_all_that_members_read_and_read_ahead_is_within_the_budget() -> None:
+    whole, members = Budget(), [Consumer() for _ in range(20)]
+    for member in members:
+        whole.join(member)
+    assert 2 * len(members) * whole.read_bytes <= MAX_BYTES < 2 * len(members) * (whole.read_bytes + 1)
 
 
 def test_one_group_on_eight_partitions_gets_whole_windows_of_small_events() -> None:
@@ -106,6 +115,24 @@ def test_a_window_is_not_read_beyond_its_share_until_a_page_has_passed() -> None
     assert window.cursor_within(3 * EVENT_BYTES).room == 2
     window.draining = True
     assert window.cursor_within(MAX_BYTES).room == 0
+
+
+async def test_of_many_windows_only_those_that_are_asked_for_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    windows, looked = Windows(max_parked=10), list[int]()
+    for partition in range(256):
+        windows.begin(Window(Grant(partition, 1, "")))
+
+    def noted(window: Window, share_bytes: int) -> Cursor:
+        looked.append(window.partition)
+        return Cursor("", 0 if window.partition == 5 else 1, window.epoch)
+
+    monkeypatch.setattr(Window, "cursor_within", noted)
+    cursors = windows.cursors(Budget())
+    assert cursors and 3 in cursors and 5 not in cursors and 300 not in cursors
+    assert cursors[3].room == 1 and cursors.get(5) is None and cursors.left_out == {5}
+    assert sorted(looked) == [0, 3, 5]
+    assert list(cursors) == [partition for partition in range(256) if partition != 5] and len(cursors) == 255
+    assert len(looked) == 256
 
 
 async def large(place: Place, count: int, partition: int) -> list[Position]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from millstream.brokers.base import Dead
+from millstream.brokers.base import Dead, Position
 from millstream.brokers.ledger import Committed, Grant, State
 from millstream.errors import BrokerDown, BrokerError, BrokerFull, LeaseLost
 from tests.ordered.scripted import (
@@ -442,6 +442,20 @@ async def test_closing_stores_all_that_was_settled() -> None:
     await first.close()
     second, _ = await place.member()
     assert positions(await second.fetch(10, 0)) == positions(claims[:1])
+
+
+async def test_finishing_tells_of_each_event_whether_it_was_ours_whichever_partition_it_lies_in() -> None:
+    place = await opened(3)
+    consumer, _ = await place.member()
+    found = [await place.publish("ab", partition) for partition in range(3)]
+    await consumer.fetch(6, 0)
+    part = place.group.parts[1]
+    part.owner, part.epoch = "another", part.epoch + 1
+    nowhere = Position(7, "1")
+    mixed = [found[0][0], found[1][0], nowhere, found[2][1], found[1][1], found[2][0]]
+    assert await consumer.finish(mixed) == [True, False, False, True, False, True]
+    assert await consumer.finish([found[2][0], found[0][1]]) == [False, True]
+    assert [part.w for part in place.group.parts] == [2, 0, 2]
 
 
 async def test_an_outcome_beyond_one_that_is_not_settled_is_refused_too_when_somebody_has_taken_over() -> None:

@@ -10,7 +10,7 @@ from millstream.brokers import portion
 from millstream.brokers.base import Later, Position
 from millstream.brokers.ledger import Bury, Committed, Cursor, Delay, Park, Pop, State
 from millstream.brokers.portion import Portion
-from millstream.brokers.slots import Phase, Slot, ahead
+from millstream.brokers.settled import End, Settled
 from millstream.brokers.window import after, place
 from tests.ordered.helpers import (
     claims,
@@ -133,6 +133,26 @@ def test_a_repeat_for_a_head_is_ours_until_it_is_stored() -> None:
     assert not settle(window, 1)
 
 
+def test_what_is_done_is_finished_together_and_what_is_not_ours_is_told() -> None:
+    window = handed_out("abc")
+    window.put(claims("d", 4))
+    window.begin([head(9, "e")])
+    assert window.finish(["1", "77", "3", "9", "4"]) == ["77", "4"]
+    assert window.finish(["1", "9", "2"]) == []  # repeats of what waits for a commit, and one more
+    commit = stored(window, emptied="e")
+    assert (commit.w, commit.done, written(commit.effects)) == ("3", 4, ["pop 9"])
+    assert window.finish(["1", "9"]) == ["1", "9"]
+
+
+def test_what_waited_behind_goes_on_when_all_before_it_is_finished() -> None:
+    window = opened("aaab")
+    assert numbers(window.hand_out(10, 2)) == [1, 2, 4]
+    window.finish(["2"])
+    assert window.hand_out(10, 2) == []
+    window.finish(["1"])
+    assert numbers(window.hand_out(10, 2)) == [3]
+
+
 def test_an_event_that_is_covered_ahead_is_not_ours_any_more() -> None:
     window = handed_out("ab")
     settle(window, 2)
@@ -239,19 +259,20 @@ def test_one_commit_takes_so_many_bytes_of_dead_letters(monkeypatch: pytest.Monk
 
 
 def test_nothing_is_looked_at_behind_the_last_settled_event_and_the_old_h() -> None:
-    slots = [Slot(claim, claim.position.offset, str(number)) for number, claim in enumerate(claims("a" * 9), 1)]
-    slots[1].phase = Phase.SETTLED
-    rest = iter(slots)
-    assert ahead(rest, 1, "", Portion()) == ("2", ["1"], [slots[1]])
-    assert next(rest) is slots[2]
-    slots[4].phase = Phase.COVERED
-    rest = iter(slots)
-    assert ahead(rest, 1, "5", Portion()) == ("5", ["1", "3", "4"], [slots[1]])
-    assert next(rest) is slots[5]
-    slots[6].phase, slots[6].effects = Phase.SETTLED, [output(7)]
-    rest = iter(slots)
-    assert ahead(rest, 2, "5", Portion(room=False)) == ("5", ["1", "3", "4"], [slots[1]])
-    assert next(rest) is slots[7]
+    window = {claim.position.offset: claim for claim in claims("abcdefghi")}
+    settled = Settled()
+    settled.offsets.add("2")
+    rest = iter(window.items())
+    assert settled.ahead(rest, 1, "", Portion()) == ("2", ["1"], ["2"])
+    assert next(rest)[0] == "3"
+    settled.inherit("5")
+    rest = iter(window.items())
+    assert settled.ahead(rest, 1, "5", Portion()) == ("5", ["1", "3", "4"], ["2"])
+    assert next(rest)[0] == "6"
+    settled.add("7", End([output(7)]))
+    rest = iter(window.items())
+    assert settled.ahead(rest, 2, "5", Portion(room=False)) == ("5", ["1", "3", "4"], ["2"])
+    assert next(rest)[0] == "8"
 
 
 def test_h_of_the_last_owner_holds_until_w_passes_it() -> None:

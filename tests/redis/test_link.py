@@ -88,6 +88,23 @@ async def test_who_leaves_early_takes_what_has_come_and_the_rest_comes_after_it(
         assert answers.got == [b"first", None]
 
 
+async def test_who_asked_to_be_called_hears_of_the_end_whatever_it_is_and_whenever_it_was(server: RedisServer) -> None:
+    heard: list[str] = []
+    async with linked(at(server)) as link:
+        answers = await link.post(pack("ECHO", "first") + pack("ECHO", "second"), 2)
+        answers.then(lambda: heard.append("all"))
+        assert not heard and await answers == [b"first", b"second"]
+        assert heard == ["all"]
+        answers.then(lambda: heard.append("late"))
+        assert heard == ["all", "late"]
+        lost = await link.post(pack("XREAD", "BLOCK", 1_000, "STREAMS", "nothing", "0"), 1)
+        lost.then(lambda: heard.append("lost"))
+        link.close()
+        assert heard == ["all", "late", "lost"]
+        with pytest.raises(BrokerDown):
+            lost.result()
+
+
 async def test_commands_of_one_write_are_answered_in_order_with_errors_as_values(server: RedisServer) -> None:
     async with linked(at(server)) as link:
         one, error, nothing, two = await link.calls(

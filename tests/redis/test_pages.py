@@ -42,6 +42,16 @@ def reads(life: RedisLedger, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     return commands
 
 
+class Other:
+    """Stands for a consumer of another group."""
+
+
+def asked(command: bytes) -> int:
+    """How many events of each partition."""
+    words = command.split(b"\r\n")
+    return int(words[words.index(b"COUNT") + 2])
+
+
 async def gone(command: bytes) -> Answers:
     raise BrokerDown("the connection was lost")
 
@@ -122,3 +132,16 @@ async def test_a_read_that_would_bring_no_more_is_not_repeated(
         commands = reads(life_of(consumer), monkeypatch)
         assert len(await consumer.fetch(PAGE, 1)) == PAGE
         assert len(commands) == len(set(commands)) == 3
+
+
+async def test_groups_that_share_a_process_share_what_their_first_reads_bring(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with alone(server) as (broker, consumer):
+        others = [Other() for _ in range(7)]
+        for other in others:
+            broker.budget.join(other)
+        await broker.append("orders", records(PAGE))
+        commands = reads(life_of(consumer), monkeypatch)
+        assert len(await consumer.fetch(PAGE, 1)) == PAGE
+        assert [asked(command) for command in commands] == [1, 16, 256, PAGE]

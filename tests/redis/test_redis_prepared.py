@@ -41,6 +41,8 @@ async def test_what_cannot_leave_in_one_write_is_left_as_it_is(server: RedisServ
         for some in (records(MAX_APPEND_RECORDS + 1), records(5, size_bytes=1_000_000)):
             assert broker.prepared("alerts", some) is some
             assert len(await broker.append("alerts", broker.prepared("alerts", some))) == len(some)
+        later = [*records(2), Record(0, "3", "alert", b"{}", due_ms=1)]
+        assert broker.prepared("alerts", later) is later
         assert broker.prepared("unknown", some) is some
 
 
@@ -68,6 +70,21 @@ async def test_a_stream_that_has_come_to_remember_ids_does_so_for_what_was_packe
         assert broker.prepared("alerts", ready) is ready  # and there is nothing to be packed from then on
         assert await broker.append("alerts", ready) == first and all(isinstance(one, Position) for one in first)
         assert list((await everything(broker, "alerts")).values()) == first
+
+
+async def test_a_policy_that_nobody_can_read_is_told_to_who_has_to_wait_for_it(server: RedisServer) -> None:
+    told: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+    async with opened(server.url, ALERTS) as broker:
+        await broker.append("alerts", records(1))
+        known = broker._streams["alerts"]
+        run_in(server, "HSET", "{alerts}:meta", "policy", "{")
+        known._learnt_at -= appending.RENEW_S
+        await broker.append("alerts", records(1))  # behind the question, on the same link
+        assert not known._asking and not told
+        known._learnt_at -= appending.LEARN_S
+        with pytest.raises(BrokerRefused, match="unreadable"):
+            await broker.append("alerts", records(1))
 
 
 # Posted: on the way before anybody else runs.

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from millstream.brokers.base import Dead, Policy, StreamSpec, Subscription, Tended
 from millstream.brokers.redis import sources, tending
@@ -340,6 +341,42 @@ async def test_where_nothing_is_to_do_one_write_tells(
         for _ in range(5):
             assert await broker.tend("orders") == Tended()
         assert len(sent) == 5 and not any(b"EVAL" in packed for packed in sent)
+
+
+async def test_one_process_looks_at_the_partitions_and_the_others_at_what_it_left(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = StreamSpec("orders", partitions=16, key="order_id")
+    async with kept(server, Policy(), spec) as one, opened(server.url, spec) as other:
+        monkeypatch.setattr(tending, "FRESH_MS", 3_600_000)
+        await one.tend("orders")
+        sent = writes(monkeypatch)
+        for _ in range(3):
+            assert await other.tend("orders") == Tended()
+        assert len(sent) == 3 and not any(b"XLEN" in packed or b"EVAL" in packed for packed in sent)
+        monkeypatch.setattr(tending, "FRESH_MS", 0)
+        await other.tend("orders")
+        assert any(b"XLEN" in packed for packed in sent)
+        monkeypatch.setattr(tending, "FRESH_MS", 3_600_000)
+        for looks in (True, False):  # who finds out in the same moment that it need not, has looked once more
+            sent.clear()
+            assert await one.tend("orders") == Tended()
+            assert any(b"XLEN" in packed for packed in sent) == looks
+
+
+async def test_what_is_known_to_be_due_is_published_although_the_one_that_looked_is_gone(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tending, "FRESH_MS", 3_600_000)
+    async with kept(server, Policy()) as one, opened(server.url, ORDERS) as other:
+        due_ms = one.clock.now_ms() + 300
+        await one.append("orders", [replace(records(1)[0], due_ms=due_ms)])
+        assert (await one.tend("orders")).due_ms == due_ms
+        assert (await other.tend("orders")).due_ms == due_ms + tending.YIELD_MS
+        async with asyncio.timeout(10):
+            while not (await other.tend("orders")).published:
+                assert not length(server)
+        assert one.clock.now_ms() >= due_ms + tending.YIELD_MS and length(server) == 1
 
 
 async def test_a_round_of_many_partitions_is_few_writes(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:

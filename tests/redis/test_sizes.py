@@ -42,6 +42,8 @@ def test_one_event_is_asked_for_however_large_it_was() -> None:
 
 def test_where_few_large_events_fit_into_an_answer_few_partitions_are_read() -> None:
     turns = Turns()
+    for partition in range(256):
+        turns.acquired(partition)
     chosen, busy = turns.next(range(256), 1)
     assert len(chosen) == busy == 1
     turns.read(chosen, [])

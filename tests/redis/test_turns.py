@@ -14,9 +14,17 @@ def taken(turns: Turns, busy: set[int], partitions: range = ALL) -> list[int]:
     return chosen
 
 
+def fresh(partitions: range = ALL) -> Turns:
+    """Those of somebody who has just acquired all."""
+    turns = Turns()
+    for partition in partitions:
+        turns.acquired(partition)
+    return turns
+
+
 def quiet(partitions: range = ALL) -> Turns:
     """Those of somebody who has read all that there is."""
-    turns = Turns()
+    turns = fresh(partitions)
     while turns.next(partitions)[1]:
         taken(turns, set(), partitions)
     return turns
@@ -37,8 +45,8 @@ def test_what_was_acquired_is_busy_until_a_read_has_come_to_its_end() -> None:
 
 
 def test_few_partitions_are_all_read_each_time() -> None:
-    turns = Turns()
     few = range(MAX_BUSY)
+    turns = fresh(few)
     assert [sorted(taken(turns, {0}, few)) for _ in range(3)] == [list(few)] * 3
 
 
@@ -59,7 +67,7 @@ def test_behind_a_backlog_a_quiet_one_is_looked_at_within_sixteen_reads() -> Non
 
 
 def test_with_backlogs_everywhere_each_has_a_page_in_every_round() -> None:
-    turns = Turns()
+    turns = fresh()
     seen = [partition for _ in range(len(ALL) // MAX_BUSY) for partition in taken(turns, set(ALL))]
     assert sorted(seen) == list(ALL)
 

@@ -11,6 +11,7 @@ from random import Random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from millstream.brokers.base import Dead, Later, Position, StreamSpec, Subscription
 from millstream.brokers.ledger import Cursor
@@ -61,6 +62,35 @@ async def test_of_neighbours_one_of_which_is_gone_the_others_are_settled(tmp_pat
         assert await consumer.settle([*outcomes(claims), *outcomes(claims[:1])]) == [*expected, False]
         now = await about(broker)
         assert (now.done, now.pending) == (events - 1, 0)
+
+
+async def test_what_is_finished_is_told_once_and_what_is_gone_or_held_by_nobody_is_not(tmp_path: Path) -> None:
+    async with opened(tmp_path / "shop.db") as broker:
+        consumer = await joined(broker)
+        events = group.LEAST_RUN + 2
+        await broker.append("orders", records(*(f"e-{n}" for n in range(events + 1))))
+        held = [claim.position for claim in await consumer.fetch(events, 1.0)]
+        await broker.writer.ask(lambda db: db.execute("DELETE FROM pending WHERE grp = 1 AND row & 15 = 3").fetchall())
+        expected = [True, True, False, *([True] * (events - 3))]
+        others = [Position(0, str(events + 1)), Position(0, "1.0"), held[0], held[2]]
+        assert await consumer.finish([*held, *others]) == [*expected, *[False] * len(others)]
+        now = await about(broker)
+        assert (now.done, now.pending, now.lag) == (events - 1, 0, 1)
+
+
+async def test_events_of_many_partitions_are_stored_with_one_look_at_their_ends(tmp_path: Path) -> None:
+    async with opened(tmp_path / "shop.db") as broker:
+        await broker.declare(WIDE)
+        said: list[str] = []
+        await broker.writer.ask(lambda db: db.set_trace_callback(said.append))
+        mixed = [records(f"{n}")[0] for n in range(3 * WIDE.partitions)]
+        placed = await broker.append("wide", [replace(one, partition=n % 40) for n, one in enumerate(mixed)])
+        await broker.writer.ask(lambda db: db.set_trace_callback(None))
+        assert placed == [Position(n % 40, str(n // 40 + 1)) for n in range(len(mixed))]
+        assert len([words for words in said if words.startswith("SELECT") and "FROM log" in words]) == 1
+        for partition in range(WIDE.partitions):
+            stored = await broker.read("wide", partition, None, 10)
+            assert [one.record.id for one in stored] == [f"{partition + 40 * n}" for n in range(3)]
 
 
 async def test_partitions_that_are_many_are_read_in_turn(tmp_path: Path) -> None:

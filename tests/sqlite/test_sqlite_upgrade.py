@@ -30,6 +30,7 @@ from tests.sqlite.places import (
 
 VERSION_2 = Path(__file__).with_name("version_2.sql")
 VERSION_3 = Path(__file__).with_name("version_3.sql")
+VERSION_4 = Path(__file__).with_name("version_4.sql")
 ROW = 1024 << 40
 
 
@@ -90,6 +91,22 @@ def version_3(path: Path) -> None:
             "INSERT INTO parked VALUES (1, 2, 1024, 'a', ?, 'e-1', 'order.placed', 'shop', 1, 'a', x'', 'x')",
             (ROW | 1,),
         )
+        connection.commit()
+
+
+def version_4(path: Path) -> None:
+    """An event, and a policy."""
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(VERSION_4.read_text("utf-8"))
+        for pragma in (f"application_id = {APPLICATION_ID}", "user_version = 4", "journal_mode = WAL"):
+            connection.execute(f"PRAGMA {pragma}")
+        connection.execute(
+            "INSERT INTO stream (id, name, partitions, key, codec, policy) "
+            "VALUES (1, 'orders', 2, '', 'json', '{\"events\":9}')"
+        )
+        connection.execute("INSERT INTO log (id, last, last_ms, bytes) VALUES (1024, 1, 5, 1), (1025, 0, 0, 0)")
+        event = (ROW | 1, "e-1", "order.placed", "shop", 1, None, "a", b"", b"x")
+        connection.execute("INSERT INTO event VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", event)
         connection.commit()
 
 
@@ -181,6 +198,22 @@ async def test_what_version_four_adds_works_in_an_upgraded_file(tmp_path: Path) 
         assert await broker.admin.replay(found) == [True, True]
         assert await consumer.settle(outcomes([claim])) == [True]
         assert sorted(list(claim.left) for claim in await consumer.fetch(5, 1.0)) == [[], [1]]
+
+
+async def test_a_file_of_the_fourth_version_is_upgraded_and_can_keep_dictionaries(tmp_path: Path) -> None:
+    path = tmp_path / "shop.db"
+    version_4(path)
+    async with opened(path) as broker:
+        assert [info.events for info in await broker.admin.streams()] == [1]
+        assert await broker.declare(ORDERS) == Policy(events=9)
+        await broker.admin.train("orders", 7, b"words")
+        assert await broker.dictionary("orders", 7) == b"words"
+        assert await broker.policy("orders") == Policy(events=9, dictionary=7)
+    async with opened(tmp_path / "new.db"):
+        pass
+    assert shape(path) == shape(tmp_path / "new.db")
+    assert path.read_bytes()[60:64] == SCHEMA_VERSION.to_bytes(4)
+    assert intact(path) and counted(path)
 
 
 async def test_processes_that_upgrade_at_once_do_not_clash(tmp_path: Path) -> None:

@@ -16,12 +16,29 @@ from hypothesis import strategies as st
 
 from millstream.errors import BadSetting, WireError
 from millstream.units import MAX_DICTIONARY_BYTES, MAX_EVENT_BYTES, MAX_PACK_BYTES
-from millstream.wire.compression import NAMES, Compression, Dictionary, compress, decompress, plain, shorter, train
+from millstream.wire import compression
+from millstream.wire.compression import (
+    NAMES,
+    Compression,
+    Dictionary,
+    UnknownDictionary,
+    check_readable,
+    compress,
+    decompress,
+    known,
+    learn,
+    train,
+)
 
 EVENTS = [b'{"order_id":"o-%d","status":"placed","total":%d}' % (k, k * 7_919 % 9_999) for k in range(2_000)]
 WORDS = Dictionary(train(EVENTS, 1_024))
-KNOWN = {WORDS.id: WORDS}
 LIMIT = 10_000
+
+
+@pytest.fixture(autouse=True)
+def words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One dictionary is known."""
+    monkeypatch.setattr(compression, "_known", {WORDS.id: WORDS})
 
 
 @given(st.binary(min_size=1, max_size=2_000), st.sampled_from(NAMES))
@@ -92,25 +109,31 @@ def test_arbitrary_bytes_raise_only_wire_errors(body: bytes, how: str) -> None:
 
 
 @given(st.sampled_from(EVENTS) | st.binary(max_size=200))
-def test_data_survive_a_dictionary_and_never_grow(data: bytes) -> None:
-    short = shorter(data, WORDS)
-    assert plain(short, KNOWN) == data
-    assert len(short) <= len(data) or data.startswith(b"\x28\xb5\x2f\xfd")
-
-
-def test_data_that_look_like_a_frame_are_put_into_one() -> None:
-    data = zstandard.compress(b"something")
-    assert plain(shorter(data, WORDS), KNOWN) == data
+def test_data_survive_a_dictionary(data: bytes) -> None:
+    assert decompress(compress(data, "zstd", WORDS), "zstd", LIMIT) == data
 
 
 def test_an_event_alone_becomes_much_shorter() -> None:
     new = [b'{"order_id":"o-%d","status":"placed","total":%d}' % (k, k * 7) for k in range(5_000, 6_000)]
-    assert sum(len(shorter(data, WORDS)) for data in new) < 0.6 * sum(map(len, new))
+    assert sum(len(compress(data, "zstd", WORDS)) for data in new) < 0.6 * sum(map(len, new))
 
 
-def test_a_dictionary_that_is_missing_is_named() -> None:
-    with pytest.raises(WireError, match=f"dictionary {WORDS.id}"):
-        plain(shorter(EVENTS[0], WORDS), {})
+def test_a_dictionary_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compression, "_known", {})
+    frame = compress(EVENTS[0], "zstd", WORDS)
+    for call in (lambda: decompress(frame, "zstd", LIMIT), lambda: check_readable(frame, "zstd")):
+        with pytest.raises(UnknownDictionary, match=f"dictionary {WORDS.id}") as raised:
+            call()
+        assert raised.value.number == WORDS.id
+    assert learn(WORDS.content) is known(WORDS.id)
+    check_readable(frame, "zstd")
+    assert decompress(frame, "zstd", LIMIT) == EVENTS[0]
+
+
+@pytest.mark.parametrize("how", [*NAMES, "snappy"])
+def test_bytes_that_are_no_frame_lack_nothing(how: str) -> None:
+    check_readable(b"nonsense", how)
+    check_readable(compress(b"x", "zstd"), how)
 
 
 def test_a_dictionary_is_known_by_the_id_of_its_content() -> None:
@@ -118,20 +141,46 @@ def test_a_dictionary_is_known_by_the_id_of_its_content() -> None:
     assert Dictionary(train(EVENTS[:1_000], 1_024)).id != WORDS.id
 
 
+def test_a_second_dictionary_under_one_number_is_refused() -> None:
+    other = WORDS.content[:-1] + bytes([WORDS.content[-1] ^ 1])
+    assert Dictionary(other).id == WORDS.id
+    with pytest.raises(BadSetting, match=f"number {WORDS.id}"):
+        learn(other)
+    assert known(WORDS.id) is WORDS
+
+
+def test_packs_are_compressed_and_read_by_several_threads_at_once_and_after_a_broken_one() -> None:
+    together = threading.Barrier(4)
+
+    def back_and_forth(number: int) -> bool:
+        content = b"%d" % number + b"".join(EVENTS)
+        together.wait()
+        for _ in range(20):
+            frame = compress(content, "zstd")
+            with pytest.raises(WireError):
+                decompress(frame[:-3], "zstd", MAX_PACK_BYTES)
+            if decompress(frame, "zstd", MAX_PACK_BYTES) != content:
+                return False
+        return True
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(back_and_forth, range(4)))
+
+
 def test_a_dictionary_serves_several_threads_at_once() -> None:
     together = threading.Barrier(4)
 
     def some(start: int) -> bool:
         together.wait()
-        return all(plain(shorter(data, WORDS), KNOWN) == data for data in EVENTS[start::4] * 5)
+        return all(decompress(compress(data, "zstd", WORDS), "zstd", LIMIT) == data for data in EVENTS[start::4] * 5)
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(some, range(4)))
 
 
-def test_data_that_say_they_hold_more_than_an_event_are_refused() -> None:
+def test_data_that_say_they_hold_more_than_the_limit_are_refused() -> None:
     with pytest.raises(WireError, match="holds more"):
-        plain(WORDS.compress(bytes(MAX_EVENT_BYTES + 1)), KNOWN)
+        decompress(WORDS.compress(bytes(MAX_EVENT_BYTES + 1)), "zstd", MAX_EVENT_BYTES)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x37\xa4\x30\xec" + b"x" * 50, bytes(MAX_DICTIONARY_BYTES + 1)])

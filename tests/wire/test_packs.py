@@ -23,10 +23,26 @@ from millstream.units import (
     MAX_TIME_MS,
     MAX_TYPE_CHARS,
 )
-from millstream.wire import entry
-from millstream.wire.compression import NAMES, Compression, Dictionary, train
+from millstream.wire import compression, entry
+from millstream.wire.compression import NAMES, Compression, Dictionary, UnknownDictionary, learn, train
 from millstream.wire.entry import Record
-from millstream.wire.packs import MAX_PREFIX_CHARS, TYPE, Columns, Packed, is_pack, part_of, part_offset, read, write
+from millstream.wire.packs import (
+    MAX_ONE_BYTES,
+    MAX_PREFIX_CHARS,
+    TYPE,
+    Columns,
+    Packed,
+    body_of,
+    events_in,
+    is_one,
+    is_pack,
+    lacking,
+    one,
+    part_of,
+    part_offset,
+    read,
+    write,
+)
 
 COMPRESSIONS = st.sampled_from(NAMES)
 PRINTABLE = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=20)
@@ -152,15 +168,88 @@ def test_a_pack_that_compression_does_not_make_smaller_is_not_compressed() -> No
     assert made(Columns([b"\x00\xff"], "t"), "zstd").headers == b'{"pack":"1/none","n":"1"}'
 
 
-def test_a_dictionary_helps_packs_of_few_events() -> None:
+def test_a_dictionary_helps_packs_of_few_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compression, "_known", {})
     events = [b'{"order_id":"o-%d","status":"placed","total":%d}' % (k, k * 7_919 % 9_999) for k in range(2_000)]
     words = Dictionary(train(events, 1_024))
     few = Columns(events[:4], "order.placed")
     pack = made(few, "zstd", dictionary=words)
     assert len(pack.data) < len(made(few, "zstd").data) * 0.8
-    assert parse(pack, dictionaries={words.id: words}).columns == few
     with pytest.raises(WireError, match=f"dictionary {words.id}"):
         parse(pack)
+    found = lacking(pack)
+    assert isinstance(found, UnknownDictionary) and found.number == words.id
+    learn(words.content)
+    assert parse(pack).columns == few and lacking(pack) is None
+
+
+EVENT = Record(
+    3, "e-7", "order.placed", b'{"order_id":"o-7","status":"placed","total":77}', "o-7", 0, b"", None, "shop"
+)
+SHORT = Dictionary(
+    train(
+        [
+            body_of(replace(EVENT, data=b'{"order_id":"o-%d","status":"placed","total":%d}' % (k, k * 7_919 % 9_999)))
+            for k in range(2_000)
+        ],
+        1_024,
+    )
+)
+
+
+@given(
+    st.sampled_from([b"", b'{"causation":"e-6"}']),
+    st.sampled_from([0, 1, MAX_TIME_MS]),
+    st.none() | st.just("Žofie"),
+    st.sampled_from([EVENT.id, "i" * MAX_PREFIX_CHARS]),
+)
+def test_a_pack_of_one_is_its_event_with_the_same_id_and_position(
+    headers: bytes, time_ms: int, key: str | None, id_: str
+) -> None:
+    learn(SHORT.content)
+    event = replace(EVENT, headers=headers, time_ms=time_ms, key=key, id=id_)
+    pack = one(event, SHORT)
+    assert is_pack(pack) and is_one(pack) and events_in(pack) == 1
+    assert (pack.id, pack.key, pack.time_ms, pack.partition, pack.source) == (id_, key, time_ms, 3, "shop")
+    assert len(pack.data) < len(event.data) + len(headers)
+    found = read(pack, "1693-0")
+    assert list(found) == [event] == [found.record(0)]
+    assert (len(found), found.offset_of(0)) == (1, "1693-0")
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        replace(EVENT, due_ms=1_693),
+        replace(EVENT, data=b"x" * (MAX_ONE_BYTES + 1)),
+        replace(EVENT, id="i" * (MAX_PREFIX_CHARS + 1)),
+        replace(EVENT, data=b"\x00\xff\x01"),
+    ],
+    ids=["for later", "large", "a long id", "no gain"],
+)
+def test_an_event_is_no_pack_of_one_where_that_cannot_be_or_gains_nothing(event: Record) -> None:
+    assert one(event, SHORT) is event
+    assert not is_one(event)
+
+
+def test_a_pack_of_one_at_the_limits_of_an_event_is_read_and_beyond_them_refused() -> None:
+    def of(data: bytes, type_: Any, headers: Any, time_ms: Any = 0) -> Record:
+        content = msgpack.encode([[data], type_, None, time_ms, headers])
+        return replace(PACK, data=compression.compress(content, "zstd"))
+
+    at = of(b"x" * MAX_EVENT_BYTES, "é" * (MAX_TYPE_CHARS // 2), b"h" * MAX_HEADERS_BYTES)
+    assert len(parse(at)) == 1
+    for beyond in (
+        of(b"x" * (MAX_EVENT_BYTES + 1), "t", b""),
+        of(b"", "é" * (MAX_TYPE_CHARS // 2 + 1), b""),
+        of(b"", "", b""),
+        of(b"", "t", b"h" * (MAX_HEADERS_BYTES + 1)),
+        of(b"", "t", []),
+        of(b"", "t", b"", []),
+        of(b"", ["t"], b""),
+    ):
+        with pytest.raises(WireError):
+            parse(beyond)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any
 from msgspec import msgpack
 
 from millstream.wire import entry, packs
-from millstream.wire.compression import Compression, Dictionary, shorter
+from millstream.wire.compression import Compression, Dictionary, compress, learn
 from millstream.wire.entry import Record
 from millstream.wire.packs import Columns
 
@@ -38,7 +38,7 @@ ORDERS = [
 
 
 def vectors() -> dict[str, Any]:
-    words = Dictionary(DICTIONARY)
+    words = learn(DICTIONARY)
     return {
         "layout": 1,
         "about": "data, content, body and the headers of an event are base64; a key of null is no key",
@@ -50,8 +50,15 @@ def vectors() -> dict[str, Any]:
             pack("many events, zstd", Columns(ORDERS[:12], "order.placed"), "zstd"),
             pack("many events, lz4", Columns(ORDERS[:12], "order.placed"), "lz4"),
             pack("a dictionary", Columns(ORDERS[:3], "order.placed"), "zstd", dictionary=words),
+            one("one event", Record(PARTITION, "e-7", "order.placed", ORDERS[7], "o-7", 0, b"", None, "shop"), words),
+            one(
+                "one event with a time and headers of its own",
+                Record(
+                    PARTITION, "e-8", "order.placed", ORDERS[8], None, 1_692_999_999_999, b'{"by":"a1"}', None, "shop"
+                ),
+                words,
+            ),
         ],
-        "alone": [{"data": text(shorter(data, words)), "content": text(data)} for data in (*ORDERS[7:9], b"{}")],
         "refused": [
             refused("an unknown version", "2/none", 1, [[b"{}"], "order.placed"]),
             refused("an unknown compression", "1/snappy", 1, [[b"{}"], "order.placed"]),
@@ -64,6 +71,12 @@ def vectors() -> dict[str, Any]:
             refused("an id of 60 characters", "1/none", 1, [[b"{}"], "order.placed"], id_="x" * 60),
             refused("an id of an event of 65 characters", "1/none", 1, [[b"{}"], "order.placed", ["x" * 65]]),
             refused("a negative time", "1/none", 1, [[b"{}"], "order.placed", None, -1]),
+            refused_one("one event, not compressed", msgpack.encode([[b"{}"], "order.placed"])),
+            refused_one("one event that is two", compress(msgpack.encode([[b"{}", b"{}"], "order.placed"]), "zstd")),
+            refused_one(
+                "one event with a list of types", compress(msgpack.encode([[b"{}"], ["order.placed"]]), "zstd")
+            ),
+            refused_one("one event without a type", compress(msgpack.encode([[b"{}"], ""]), "zstd")),
         ],
     }
 
@@ -88,7 +101,26 @@ def pack(
         "data": text(record.data),
         "body": text(msgpack.encode(columns)),
     }
-    read = packs.read(stored(vector), OFFSET, {dictionary.id: dictionary} if dictionary else {})
+    return with_events(vector)
+
+
+def one(about: str, event: Record, dictionary: Dictionary) -> dict[str, Any]:
+    record = packs.one(event, dictionary)
+    assert packs.is_one(record)
+    vector = {
+        "about": about,
+        "id": record.id,
+        "source": record.source,
+        "key": record.key,
+        "headers": "",
+        "data": text(record.data),
+        "body": text(packs.body_of(event)),
+    }
+    return with_events(vector | ({"time_ms": event.time_ms} if event.time_ms else {}))
+
+
+def with_events(vector: dict[str, Any]) -> dict[str, Any]:
+    read = packs.read(stored(vector), OFFSET)
     return {**vector, "events": [shown(record, read.offset_of(k)) for k, record in enumerate(read)]}
 
 
@@ -96,6 +128,10 @@ def refused(about: str, form: str, n: int, columns: list[Any], *, id_: str = "b7
     headers = f'{{"pack":"{form}","n":"{n}"}}'
     body = text(msgpack.encode(columns))
     return {"about": about, "id": id_, "source": "shop", "key": None, "headers": headers, "data": body}
+
+
+def refused_one(about: str, data: bytes) -> dict[str, Any]:
+    return {"about": about, "id": "b7k2m9", "source": "shop", "key": None, "headers": "", "data": text(data)}
 
 
 def stored(vector: dict[str, Any]) -> Record:
@@ -106,7 +142,7 @@ def stored(vector: dict[str, Any]) -> Record:
         packs.TYPE,
         b64decode(vector["data"]),
         vector["key"],
-        0,
+        vector.get("time_ms", 0),
         vector["headers"].encode(),
         None,
         vector["source"],

@@ -9,13 +9,17 @@ from collections import Counter
 import pytest
 from msgspec.structs import replace
 
-from millstream import Delivery, Reject, Settings
+from millstream import Delivery, Reject, Retry, Settings
 from millstream.brokers.base import Settlement, Subscription
+from millstream.clock import Clock
 from millstream.errors import BrokerFull
-from millstream.telemetry import LOST
+from millstream.telemetry import LOST, TIMED_OUT
+from millstream.testing import TestApp
+from millstream.worker.process import Process
 from tests.worker.place import PATIENCE_S, Faulty, FaultyConsumer, at_work, heard, memory, settled, until
-from tests.worker.test_broken_broker import take_all
+from tests.worker.test_broken_broker import take_all, trusted_until_s
 from tests.worker.test_runs import Moved, Seen, app_of, birds, event_of, flights, pack_of, put, replies
+from tests.worker.test_suspects import turns
 
 
 @pytest.mark.parametrize("delivers", [False, True])
@@ -178,3 +182,107 @@ async def test_a_handler_in_a_thread_that_outlives_the_grace_leaves_its_event_an
         (info,) = await app.broker.admin.groups("birds")
     assert info.done == 1 and [seen[n] for n in (0, 1, 3, 4)] == [1] * 4, "what had ended before is not repeated"
     assert 1 <= seen[2] <= 2
+
+
+async def test_between_two_events_of_a_pack_a_suspect_gets_its_turn_alone() -> None:
+    app, began, noted = app_of(), list[int](), list[int]()
+    ready, go, over = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    @app.subscriber(birds, "log", concurrency=1)
+    async def log(event: Seen) -> None:
+        began.append(event.n)
+        await asyncio.sleep(0)
+        if event.n == 2:
+            ready.set()
+            await go.wait()
+
+    async def suspect(process: Process) -> None:
+        async with process._gate.alone():
+            noted.extend(began)
+            await over.wait()
+            assert began == noted
+
+    async with at_work(app) as process, asyncio.TaskGroup() as tasks:
+        await put(app, pack_of([event_of(n) for n in range(6)]))
+        await ready.wait()
+        tasks.create_task(suspect(process))
+        await until(lambda: process._gate.closed)
+        go.set()
+        await until(lambda: noted)
+        await turns()
+        over.set()
+        await settled(app.broker, "log", "birds")
+    assert noted == [0, 1, 2] and began == list(range(6))
+
+
+class Leaping(Clock):
+    """A clock that leaps ahead, as it does for a process that was frozen."""
+
+    leapt_s = 0.0
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self.leapt_s
+
+
+async def test_who_was_frozen_in_a_pack_starts_nothing_more_before_a_heartbeat_is_answered() -> None:
+    app, trusted, clock = app_of(), list[bool](), Leaping()
+    app.clock = clock
+
+    @app.subscriber(birds, "log")
+    async def log(event: Seen) -> None:
+        trusted.append(clock.monotonic() < trusted_until_s(process))
+        if event.n in (3, 7):
+            clock.leapt_s += 10  # nobody else has the loop meanwhile
+
+    async with at_work(app) as process:
+        await put(app, pack_of([event_of(n) for n in range(12)]))
+        await settled(app.broker, "log", "birds")
+    assert trusted == [True] * 12
+
+
+async def test_a_handler_that_swallows_its_timeout_keeps_nobody_behind_it_from_theirs() -> None:
+    app, ended = app_of(), list[int]()
+    told = heard(app, TIMED_OUT)
+
+    @app.subscriber(birds, "log", timeout="10s", retry=Retry(1), concurrency=1)
+    async def log(event: Seen) -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            if event.n != 1:
+                raise
+        ended.append(event.n)
+
+    async with TestApp(app, raise_errors=False, patience="20ms") as t:
+        [at] = await put(app, pack_of([event_of(n) for n in range(4)]))
+        await t.idle()
+        await t.advance("1h")
+    assert ended == [1]
+    assert [measurements["position"].offset for measurements in told] == [f"{at.offset}.{n}" for n in (0, 2, 3)]
+
+
+async def test_a_partition_that_is_given_away_takes_with_it_what_has_not_begun_of_a_pack() -> None:
+    app, began = app_of(), list[int]()
+    ready, go = asyncio.Event(), asyncio.Event()
+
+    @app.subscriber(birds, "log", concurrency=1)
+    async def log(event: Seen) -> None:
+        began.append(event.n)
+        await asyncio.sleep(0)
+        if event.n == 2:
+            ready.set()
+            await go.wait()
+
+    broker = memory(app)
+    async with at_work(app, broker) as process:
+        lanes = process._workers[0]._lanes
+        assert lanes is not None
+        await put(app, pack_of([event_of(n) for n in range(6)]))
+        await ready.wait()
+        asyncio.get_running_loop().call_soon(go.set)
+        async with lanes.drained(frozenset({0})):
+            await turns()
+            assert began == [0, 1, 2]
+    async with at_work(app, broker):
+        await settled(broker, "log", "birds")
+    assert began == list(range(6))

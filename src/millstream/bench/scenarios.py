@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -35,6 +36,7 @@ from millstream.stream import Pack, Position, Stream
 from millstream.units import MAX_EVENT_BYTES
 from millstream.wire import compression
 from millstream.wire.compression import Compression
+from millstream.worker import collector
 
 Load: TypeAlias = Literal["publish", "handle", "both", "latency"]
 """What a scenario asks of the engine: what its limit is measured with."""
@@ -247,8 +249,10 @@ class Scenario:
         """
         meter = meter or Meter()
         run = Run(self, url, namespace, self.limited(events), size_bytes)
+        as_in_millstream_run = collector.relaxed() if self.subscribe else nullcontext()
         async with run.app:
-            await self.work(run, meter, tell)
+            with as_in_millstream_run:
+                await self.work(run, meter, tell)
             info = await run.checked()
         delays_ms = sorted(run.delays_ms)
         deliveries = sum(count.expected for count in run.counts.values())

@@ -189,6 +189,15 @@ class Admin(Protocol):
         """
         ...
 
+    async def train(self, stream: str, number: int, content: bytes = b"") -> None:
+        """Store a dictionary, and have publishers use it from now on; they learn so within seconds. 0: none any more.
+
+        A dictionary stays as long as its stream, unchanged, since an old event may need it. Raises `BrokerRefused` for an
+        unknown stream, for other content under a number that is taken, and for more than `MAX_DICTIONARIES`; `BadSetting`
+        for one over `MAX_DICTIONARY_BYTES`.
+        """
+        ...
+
     async def discard(self, stream: str) -> None:
         """Delete a stream with all that it has: events, groups, declaration. Raises `BrokerRefused` as `seek`."""
         ...

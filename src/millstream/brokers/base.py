@@ -216,6 +216,10 @@ class Broker(Protocol):
         """Return when there may be an event behind one of these positions, or the time is up."""
         ...
 
+    async def policy(self, stream: str) -> Policy:
+        """What holds for a declared stream, some seconds ago at most. Raises `BrokerRefused` for another one."""
+        ...
+
     async def dictionary(self, stream: str, number: int) -> bytes | None:
         """A dictionary of a stream (trait `dictionaries`), or None. It is there before the first event that needs it."""
         ...

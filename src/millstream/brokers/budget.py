@@ -37,8 +37,17 @@ class Budget:
 
     def share_bytes(self, windows: int, held_bytes: int = 0) -> int:
         """What each window of a consumer may hold that has so many of them, and holds so much in them."""
-        part_bytes = MAX_BYTES // max(1, len(self._consumers))
+        part_bytes = self._part_bytes
         return max(part_bytes // max(1, windows), (part_bytes // 2 - held_bytes) // _FILLED)
+
+    @property
+    def read_bytes(self) -> int:
+        """What one read of a consumer may bring: half of its part, since the next one is on its way meanwhile."""
+        return self._part_bytes // 2
+
+    @property
+    def _part_bytes(self) -> int:
+        return MAX_BYTES // max(1, len(self._consumers))
 
 
 class Held:

@@ -230,7 +230,8 @@ class Ledger(Protocol):
     async def read(self, cursors: Mapping[int, Cursor], limit: int, wait_s: float) -> list[Claim]:
         """Events behind the cursors, about `limit`, in order within each partition; waits for the first one.
 
-        Returns early when `wake` is called. Cancelling it loses nothing.
+        Returns early when `wake` is called. Cancelling it loses nothing. Cursors are worked out when they are looked at:
+        whoever reads in another thread takes a copy along.
         """
         ...
 

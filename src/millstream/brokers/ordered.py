@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 
-from millstream.brokers.base import Claim, Kept, Position, Settlement, Subscription, finished
+from millstream.brokers.base import Claim, Kept, Position, Settlement, Subscription
 from millstream.brokers.budget import Budget
 from millstream.brokers.ledger import Cursor, Grant, Lease, Ledger, State, View
 from millstream.brokers.refused import Refused
@@ -122,26 +122,28 @@ class OrderedConsumer:
 
     async def finish(self, positions: Sequence[Position]) -> list[bool]:
         """`settle` for events that are done, and with which nothing is stored."""
-        return await self.settle(finished(positions))
+        offsets = defaultdict[int, list[str]](list)
+        for position in positions:
+            offsets[position.partition].append(position.offset)
+        refused = set[Position]()
+        for partition, some in offsets.items():
+            window = self._windows.get(partition)
+            not_ours = some if window is None else window.finish(some)
+            refused.update(Position(partition, offset) for offset in not_ours)
+        lost = await self._store(offsets)
+        if not (refused or lost):
+            return [True] * len(positions)
+        return [position not in refused and position.partition not in lost for position in positions]
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[bool]:
         """Take in outcomes and commit what they are, partition by partition; False where an event was not ours any more."""
-        windows, touched = self._windows, dict[int, Window]()
-        known: list[bool] = []
+        windows, known = self._windows, list[tuple[int, bool]]()
         for settlement in settlements:
             partition = settlement.position.partition
             window = windows.get(partition)
-            if window is not None and window.settle(settlement):
-                touched[partition] = window
-                known.append(True)
-            else:
-                known.append(False)
-        await self._commit(touched.values())
-        lost = {partition for partition, window in touched.items() if not self._windows.has(window)}
-        if lost:
-            answers = zip(known, settlements, strict=True)
-            return [ours and settlement.position.partition not in lost for ours, settlement in answers]
-        return known
+            known.append((partition, window is not None and window.settle(settlement)))
+        lost = await self._store({partition for partition, ours in known if ours})
+        return [ours and partition not in lost for partition, ours in known]
 
     async def keep(self) -> Kept:
         """Beat; take, ask for and give partitions; tell what was lost, and what others ask for."""
@@ -303,7 +305,7 @@ class OrderedConsumer:
             window.put(claims)
             if not claims:
                 window.caught_up()
-        self._windows[grant.partition] = window
+        self._windows.begin(window)
         self._emit(ACQUIRED, window, clean=grant.clean)
         self._wake()
 
@@ -338,8 +340,7 @@ class OrderedConsumer:
             view = view or await ledger.look()
             heir = view.leases[window.partition].want
             await ledger.release(window.partition, window.epoch, heir)
-            if self._windows.has(window):  # else it was lost meanwhile, and may even have been acquired anew
-                del self._windows[window.partition]
+            self._windows.end(window)  # unless it was lost meanwhile, and may even have been acquired anew
             self._emit(RELEASED, window, heir=heir)
             self._look_at = 0.0
             self._wake()
@@ -390,9 +391,15 @@ class OrderedConsumer:
         for partition, page in _pages(claims):
             window = self._windows.get(partition)
             if window is not None and window.epoch == cursors[partition].epoch:
-                window.put(page)
+                self._windows.put(window, page)
 
     # Committing.
+
+    async def _store(self, partitions: Iterable[int]) -> set[int]:
+        """Commit what was settled of these; those that were lost meanwhile."""
+        touched = [window for partition in partitions if (window := self._windows.get(partition)) is not None]
+        await self._commit(touched)
+        return {window.partition for window in touched if not self._windows.has(window)}
 
     async def _commit(self, windows: Iterable[Window]) -> None:
         """Store what there is to store of these windows; raises `BrokerFull` after all that needs no room was stored."""

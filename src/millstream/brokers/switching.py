@@ -46,7 +46,7 @@ from millstream.brokers.ledger import HELD_MS
 from millstream.clock import Clock
 from millstream.errors import LeaseLost
 from millstream.telemetry import logger
-from millstream.wire.packs import is_pack, read
+from millstream.wire.packs import is_one, is_pack, read
 
 DRY_S = 30.0  # so long nothing new is taken, at most, while all that waits falls due
 LONGEST_TURN_S = 3_600.0  # of new events after that: each turn is twice as long as the one before
@@ -276,7 +276,7 @@ def _without_keys(settlement: Settlement, claim: Claim | None) -> Settlement:
     outcome = settlement.outcome
     if not isinstance(outcome, Later) or outcome.at_ms < HELD_MS:
         return settlement
-    if claim is None or not is_pack(claim.record):
+    if claim is None or not is_pack(claim.record) or is_one(claim.record):
         return replace(settlement, outcome=Dead("failed", outcome.error))
     pack = read(claim.record, claim.position.offset)
     left = outcome.left or claim.left or range(len(pack))

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import click
+from msgspec.structs import replace
 
-from millstream.brokers.base import Broker, DeadLetter, GroupInfo
+from millstream.brokers.base import Broker, DeadLetter, GroupInfo, Stored
 from millstream.cli import show, target
 from millstream.cli.main import DONE, INTERRUPTED, PART, Command, Given, Group, Mistake
 from millstream.cli.show import Column, Output
 from millstream.clock import Clock
+from millstream.publisher import opened
 
 PAGE = 100  # letters asked for, and acted on, at once: each carries its whole event
 MAX_NAMED = 20  # ids of letters that one message names
@@ -285,10 +287,15 @@ async def _letters(broker: Broker, wanted: Wanted) -> AsyncIterator[DeadLetter]:
     for group in wanted.groups:
         after = ""
         while page := await broker.admin.dead(group.stream, group.group, after, PAGE):
-            for letter in page:
+            events = await opened(broker, group.stream, [letter.stored for letter in page])
+            for letter in map(_with, page, events):
                 if wanted.matches(letter):
                     yield letter
             after = page[-1].ref
+
+
+def _with(letter: DeadLetter, event: Stored) -> DeadLetter:
+    return replace(letter, stored=event)
 
 
 async def _pages(

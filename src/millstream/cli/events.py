@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, get_args
 import click
 
 from millstream.brokers.base import Broker, Confirm, Position, Stored, StreamInfo
+from millstream.brokers.dictionaries import readable
 from millstream.cli import show, target
 from millstream.cli.lines import Lines, Unreadable
 from millstream.cli.main import DONE, INTERRUPTED, PART, Command, Given
@@ -330,7 +331,7 @@ async def last(broker: Broker, info: StreamInfo, look: Chosen) -> tuple[deque[St
 
 async def _in_time(broker: Broker, name: str, places: dict[int, Position | None]) -> AsyncIterator[Stored]:
     """What there is behind these places, which move on: all partitions side by side, in the order of time."""
-    pages = {partition: deque(await broker.read(name, partition, place, PAGE)) for partition, place in places.items()}
+    pages = {partition: deque(await _page(broker, name, partition, place)) for partition, place in places.items()}
     heads = [(page[0].record.time_ms, partition) for partition, page in pages.items() if page]
     heapify(heads)
     while heads:
@@ -340,6 +341,12 @@ async def _in_time(broker: Broker, name: str, places: dict[int, Position | None]
         places[partition] = stored.position
         yield stored
         if not page:
-            page.extend(await broker.read(name, partition, stored.position, PAGE))
+            page.extend(await _page(broker, name, partition, stored.position))
         if page:
             heappush(heads, (page[0].record.time_ms, partition))
+
+
+async def _page(broker: Broker, name: str, partition: int, place: Position | None) -> list[Stored]:
+    page = await broker.read(name, partition, place, PAGE)
+    await readable(broker, name, page)  # where a library is missing, packs are shown as what they are
+    return page

@@ -20,7 +20,7 @@ from millstream.brokers.window import after
 from millstream.cli import place, show, target
 from millstream.cli.main import DONE, INTERRUPTED, Given, Mistake
 from millstream.clock import Clock
-from millstream.wire.packs import events_in, is_pack
+from millstream.wire.packs import events_in, is_one, is_pack
 
 PAGE = 100  # events that are read, and given, at once
 MAX_PENDING = 10_000  # of the group: past it, what is given would only lie there, in the way of what fails
@@ -196,7 +196,7 @@ class _Pace(NamedTuple):
 
 def _pieces(page: Sequence[Stored]) -> Iterator[Sequence[Stored]]:
     """What is given in one step: each pack by itself, so that its events are counted or left out together."""
-    for pack, stored in groupby(page, lambda stored: is_pack(stored.record)):
+    for pack, stored in groupby(page, lambda stored: is_pack(stored.record) and not is_one(stored.record)):
         piece = list(stored)
         yield from ([one] for one in piece) if pack else [piece]
 

@@ -15,6 +15,7 @@ from millstream.cli import show, target
 from millstream.cli.main import DONE, INTERRUPTED, PART, Command, Given, Group, Mistake
 from millstream.cli.show import Column, Output
 from millstream.clock import Clock
+from millstream.publisher import opened
 from millstream.units import MAX_PARKED
 
 PAGE = 100  # keys acted on at once
@@ -138,7 +139,7 @@ async def _show(given: Given, group: str, name: str, output: Output) -> None:
         found = await _find(broker, info, (name,))
         if len(found) > 1:
             raise Mistake(f"Which {name!r}? Say {' or '.join(str(key.first) for key in found)}.")
-        events = await broker.admin.parked(found[0], _MAX_EVENTS)
+        events = await opened(broker, info.stream, await broker.admin.parked(found[0], _MAX_EVENTS))
     fields = _fields(found[0])
     waiting = [show.event(stored) for stored in events]
     if output != "table":

@@ -17,6 +17,7 @@ from millstream.demo.app import DEFAULT_SPEED, DemoOptions, Summary, play
 from millstream.errors import MillstreamError
 from millstream.handlers.router import Router
 from millstream.units import seconds
+from millstream.worker import collector
 from millstream.worker.schedule import schedules
 from millstream.worker.supervisor import is_child
 
@@ -69,7 +70,8 @@ def run(given: Given, name: str | None, workers: int, only: tuple[str, ...], gra
         _say_what_runs(app, chosen)
     _log(log_level, tracebacks=given.debug)
     try:
-        return DONE if app.run(workers=workers, only=chosen) else PART
+        with collector.relaxed():
+            return DONE if app.run(workers=workers, only=chosen) else PART
     except Exception as error:
         if isinstance(innermost(error), MillstreamError):
             raise

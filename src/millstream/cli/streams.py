@@ -13,8 +13,9 @@ from millstream.brokers.base import Broker, GroupInfo, Policy, StreamInfo
 from millstream.cli import groups, place, show, target, training
 from millstream.cli.main import Given, Group, Mistake, Refused
 from millstream.cli.show import Column, Output
+from millstream.cli.training import Wish
 from millstream.errors import BadSetting
-from millstream.publisher import differences, in_words, policy_of, settings, wanted
+from millstream.publisher import differences, in_words, settings, wanted
 from millstream.stream import Stream
 from millstream.units import size_bytes
 
@@ -43,6 +44,7 @@ _LINES = (
     Column("codec", "codec"),
     Column("types", "types", lambda types: show.text(", ".join(types or ()))),
     Column("policy", "policy", lambda fields: in_words(Policy(**fields))),
+    Column("dictionary", "policy", lambda fields: show.text(fields["dictionary"] or None)),
     Column("events", "events", show.count),
     Column("ever added", "added", show.count),
     Column("delayed", "delayed", show.count),
@@ -124,18 +126,22 @@ def apply(given: Given, names: tuple[str, ...], exact: bool, plan: bool, yes: bo
     "path",
     type=click.Path(dir_okay=False, writable=True),
     metavar="FILE",
-    required=True,
-    help="Where to.",
+    help="Write it to a file too.",
 )
+@click.option("--use", is_flag=True, help="Use it for what is published from now on.")
+@click.option("--none", is_flag=True, help="Use none from now on; those there are stay, to read with.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
 @click.pass_obj
-def train(given: Given, name: str, size: int, events: int, path: str) -> None:
+def train(
+    given: Given, /, name: str, size: int, events: int, path: str | None, use: bool, none: bool, yes: bool
+) -> None:
     """Train a zstd dictionary from the newest events of a stream, and show what it would save.
 
-    With it, a small event that travels alone becomes shorter; `zstd -D FILE` reads and writes such data. Compare with what
-    a pack saves, which needs no dictionary: Stream(…, pack=Pack()). Millstream itself does not publish with a dictionary
-    yet.
+    With it, a small event that travels alone becomes shorter; handlers and commands see it as it was. --use keeps the
+    dictionary beside the stream, where readers find it, and who publishes learns of it within seconds. Compare with what a
+    pack saves, which needs no dictionary: Stream(…, pack=Pack()).
     """
-    training.train(target.run(lambda: training.samples(given, name, events)), size, path)
+    target.run(lambda: training.run(given, Wish(name, size, events, path, use, none, yes)))
 
 
 @stream.command()
@@ -199,7 +205,7 @@ async def _apply(given: Given, names: Sequence[str], exact: bool, plan: bool, ye
                 show.note(f"{declared.name} is not there yet: its first event makes it as it is declared")
                 continue
             info = known[declared.name]
-            policy = policy_of(declared) if exact else wanted(declared, info.policy)
+            policy = wanted(declared, info.policy, exact=exact)
             if policy != info.policy:
                 changes.append(_Change(info, policy))
         await _tell_plan(broker, changes, meant.clock.now_ms())

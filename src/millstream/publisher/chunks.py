@@ -1,9 +1,12 @@
 """Chunks: what one write stores, made while the write before it is under way.
 
-A thousand events take a Redis server 2.1 ms, and us 2.5. In turns, each would wait for the other; so the next chunk is
+A thousand events take a Redis server 2.1 ms, and us 1.8. In turns, each would wait for the other; so the next chunk is
 made as soon as the bytes of one have left, as far as it can be without the server. It is sent only after the answer:
-behind what was refused or lost, nothing of the call is stored. Per event the server waits for 0.6 µs of ours, where it
-waited for 2.7. One chunk ahead is enough to keep both busy, and bounds the memory.
+behind what was refused or lost, nothing of the call is stored. Per event the server waits for 0.4 µs of ours, in which we
+read the answer. One chunk ahead is enough to keep both busy, and bounds the memory.
+
+A list of events of one class, as nearly all are, is made into records together; where envelopes or several classes are
+among them, they go one by one.
 
 A list stays as it is when it is looked at. What was taken out of an iterator and not published would be lost to the
 caller when a write fails, so of that no more is taken than the next write needs, and not before.
@@ -19,7 +22,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from millstream.brokers.base import Record
 from millstream.clock import Clock
 from millstream.delivery import Envelope
-from millstream.publisher.packing import Bundle
+from millstream.publisher.packing import Bundle, Packer
 from millstream.publisher.records import Records, Route
 from millstream.stream import Stream
 from millstream.units import MAX_APPEND_BYTES, MAX_APPEND_RECORDS
@@ -75,30 +78,30 @@ class Ahead(Generic[T]):
         return made  # type: ignore[return-value]  # `look` has made one
 
 
-def chunks(records: Records, events: Iterable[Any], to: Stream[Any] | None) -> Iterator[Chunk]:
+def chunks(records: Records, events: Sequence[Any], to: Stream[Any] | None) -> Iterator[Chunk]:
     """One after the other: of one stream, and of a limited size. Raises what `Records` raises."""
-    first = records.route(events[0], to) if isinstance(events, Sequence) and events else None
-    if first is None or first.packer is None:
-        yield from _one_by_one(records, events, to)
-        return
-    assert isinstance(events, Sequence)
-    for start in range(0, len(events), first.most):
-        run = events[start : start + first.most]
-        plain = _plain(records, run, to, beside=len(events) > len(run))
-        yield from _one_by_one(records, run, to) if plain is None else (plain,)
+    start = 0
+    while start < len(events):
+        route = records.route(events[start], to)
+        run = events[start : start + route.most]
+        if isinstance(run[0], Envelope) or set(map(type, run)) != {type(run[0])}:
+            yield from _one_by_one(records, run, to)
+        elif route.packer is None:
+            made = route.records(run)
+            run = run[: len(made)]
+            yield Chunk(route.stream, made, run)
+        else:
+            packed = _packed(route, route.packer, run, beside=len(run) < len(events))
+            yield from _one_by_one(records, run, to) if packed is None else (packed,)
+        start += len(run)
 
 
-def _plain(records: Records, run: Sequence[Any], to: Stream[Any] | None, *, beside: bool) -> Chunk | None:
-    """A run of events that become packs as they are: of one class, without keys and envelopes.
+def _packed(route: Route, packer: Packer, run: Sequence[Any], *, beside: bool) -> Chunk | None:
+    """A run of events that become packs as they are: without keys, which would sort them.
 
     `beside`: there are more, so a thread packs these while the next ones are encoded, and those before them written.
     """
-    route = records.route(run[0], to)
-    if route.packer is None or route.stream.key is not None or isinstance(run[0], Envelope):
-        return None
-    if set(map(type, run)) != {type(run[0])}:
-        return None
-    pack = route.packer.plain(route.type, list(map(route.encode, run)))
+    pack = packer.plain(route.type, list(map(route.encode, run))) if route.stream.key is None else None
     if pack is None:
         return None
     if beside:
@@ -136,7 +139,7 @@ def _chunk(route: Route, made: list[Record], taken: list[Any]) -> Chunk:
     return Chunk(route.stream, bundle.records, taken, bundle)
 
 
-async def sources(events: Iterable[Any] | AsyncIterable[Any], clock: Clock) -> AsyncIterator[Iterable[Any]]:
+async def sources(events: Iterable[Any] | AsyncIterable[Any], clock: Clock) -> AsyncIterator[Sequence[Any]]:
     """What may be looked at at once: all of a list, of everything else as many at a time as one write takes."""
     if isinstance(events, AsyncIterable):
         portion, began = [], clock.monotonic()
@@ -146,7 +149,7 @@ async def sources(events: Iterable[Any] | AsyncIterable[Any], clock: Clock) -> A
                 yield portion
                 portion, began = [], clock.monotonic()
         yield portion
-    elif isinstance(events, Sequence):
+    elif isinstance(events, list | tuple):  # not any sequence: a deque has no slices
         yield events
     else:
         source = iter(events)

@@ -9,11 +9,12 @@ from datetime import datetime
 from typing import Any
 
 from millstream.brokers.base import Broker, Confirm, Position, Record, Slot, Start
+from millstream.brokers.dictionaries import readable
 from millstream.clock import Clock
 from millstream.delivery import Envelope
 from millstream.errors import BadEvent, WireError
 from millstream.publisher.publisher import Publisher
-from millstream.publisher.unpacking import check_readable, unpacked
+from millstream.publisher.unpacking import unpacked
 from millstream.stream import Stream
 from millstream.telemetry import Telemetry
 from millstream.units import Duration, seconds
@@ -70,7 +71,8 @@ class Client:
         while True:
             for partition, place in places.items():
                 while page := await self.broker.read(stream.name, partition, place, _PAGE):
-                    check_readable(page)
+                    if lacking := await readable(self.broker, stream.name, page):
+                        raise lacking
                     found = (_envelope(stored.record, decoders) for stored in unpacked(page))
                     if envelopes := [envelope for envelope in found if envelope is not None]:
                         yield envelopes

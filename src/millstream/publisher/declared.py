@@ -67,14 +67,17 @@ async def declare(broker: Broker, stream: Stream[Any]) -> Policy:
     return recorded
 
 
-def wanted(stream: Stream[Any], recorded: Policy) -> Policy:
-    """What shall hold: the declaration, and where it says nothing, what is recorded."""
+def wanted(stream: Stream[Any], recorded: Policy, *, exact: bool = False) -> Policy:
+    """What shall hold: the declaration, and where it says nothing, what is recorded, or, if exact, nothing.
+
+    A dictionary is never declared, so the one that is recorded stays.
+    """
     silent = {
         name: getattr(recorded, name)
         for name in Policy.__struct_fields__
-        if (stream.dedupe if name.startswith("dedupe_") else stream.retention) is None
+        if (stream.dedupe if name.startswith("dedupe_") else stream.retention) is None and not exact
     }
-    return replace(policy_of(stream), **silent)
+    return replace(policy_of(stream), **silent | {"dictionary": recorded.dictionary})
 
 
 def check_confirm(broker: Broker, confirm: Confirm, about: str) -> None:

@@ -48,11 +48,15 @@ class Bundle(NamedTuple):
         """What became of each event, from what became of each record."""
         found: list[Any] = [None] * sum(map(len, self.members))
         for members, result in zip(self.members, results, strict=True):
-            parts: Iterable[Any] = repeat(result)
+            parts: Iterable[Any] = repeat(result, len(members))
             if len(members) > 1 and isinstance(result, Position):
-                parts = map(Position, repeat(result.partition), map(result.offset.__add__, _suffixes()))
-            for event, part in zip(members, parts, strict=False):
-                found[event] = part
+                offsets = map(result.offset.__add__, _suffixes()[: len(members)])
+                parts = map(Position, repeat(result.partition), offsets)
+            if isinstance(members, range):
+                found[members.start : members.stop] = parts
+            else:
+                for event, part in zip(members, parts, strict=True):
+                    found[event] = part
         return found
 
     def events(self) -> list[Record]:

@@ -22,6 +22,7 @@ from millstream.publisher.chunks import Ahead, Chunk, chunks, sources
 from millstream.publisher.declared import check_confirm, declare, policy_of, spec_of
 from millstream.publisher.gathering import Gathering
 from millstream.publisher.records import Records, Repeat, derived_id
+from millstream.publisher.shortening import Shortening
 from millstream.publisher.writer import Writer, all_stored, repeatable_ms
 from millstream.settings import Settings
 from millstream.stream import Stream
@@ -51,6 +52,7 @@ class Publisher:
         self._clock = clock
         self._telemetry = telemetry
         self._records = Records(streams, source=source, broker=broker, clock=clock)
+        self._shortening = Shortening(self._records, broker, clock, telemetry)
         self.policies: dict[str, Policy] = {}
         """What holds for each stream that is declared, as it was then, or when something of it was last in doubt."""
         self._writers: dict[tuple[str, Confirm], Writer] = {}
@@ -63,9 +65,11 @@ class Publisher:
         for stream in list(self._records.streams.values()):
             await self.declare(stream)
         async with asyncio.TaskGroup() as self._tasks:
+            looking = self._tasks.create_task(self._shortening.run(), name="millstream look at dictionaries")
             try:
                 yield
             finally:
+                looking.cancel()
                 for writer in self._writers.values():
                     writer.stop()
                 self._writers.clear()
@@ -74,7 +78,8 @@ class Publisher:
     async def declare(self, stream: Stream[Any]) -> Policy:
         """Declare a stream where that is not done yet; what holds for it."""
         if stream.name not in self.policies:
-            self.policies[stream.name] = await declare(self._broker, stream)
+            policy = self.policies[stream.name] = await declare(self._broker, stream)
+            await self._shortening.follow(stream.name, policy)
         return self.policies[stream.name]
 
     async def publish(self, event: Any, to: Stream[Any] | None, confirm: Confirm | None = None) -> Position:

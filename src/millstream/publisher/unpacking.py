@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
-from millstream.brokers.base import Position, Record, Stored
+from millstream.brokers.base import Broker, Position, Record, Stored
+from millstream.brokers.dictionaries import readable
 from millstream.errors import WireError
 from millstream.wire import packs
 
@@ -18,11 +19,17 @@ def unpacked(page: Iterable[Stored]) -> Iterator[Stored]:
             yield stored
 
 
-def check_readable(page: Iterable[Stored]) -> None:
-    """Raise `NotSupported` for a pack that needs a library which is not installed: its events would be missing."""
-    for stored in page:
-        if packs.is_pack(stored.record) and (lacking := packs.lacking(stored.record)):
-            raise lacking
+async def opened(broker: Broker, stream: str, kept: Sequence[Stored]) -> list[Stored]:
+    """What a group keeps, each pack of one as the event that it is; a pack of many, or one that cannot be read, as it is."""
+    await readable(broker, stream, kept)
+    return [_opened(stored) if packs.is_one(stored.record) else stored for stored in kept]
+
+
+def _opened(stored: Stored) -> Stored:
+    try:
+        return Stored(stored.position, packs.read(stored.record, stored.position.offset).record(0))
+    except WireError:
+        return stored
 
 
 def _events(stored: Stored) -> Iterator[Stored]:

@@ -145,12 +145,15 @@ class Writer:
     def append(self, record: Record, since_s: float) -> Awaitable[Position]:
         """Store a record with the next write: now, if none is under way. `since_s`: when it was published."""
         future, queue = self._new_future(), self._queue
-        queue.append(_Item(record, since_s, future))
+        item = _Item(record, since_s, future)
+        if not queue:
+            if self._last == 1 and not self._taken and self._post(item):
+                return future
+            self._wake.set()
+        queue.append(item)
         self._queue_bytes += len(record.data)
         if len(queue) >= self._max_buffered or self._queue_bytes >= self._max_bytes:
             self.is_full = True
-        if len(queue) == 1 and not (self._last == 1 and not self._taken and self._post()):
-            self._wake.set()
         return future
 
     async def append_all(self, records: Sequence[Record], since_s: float) -> Sequence[Position | Exception]:
@@ -192,12 +195,12 @@ class Writer:
     def _look(self) -> None:
         self.is_full = self._ended or self._in_line > 0 or self._has_no_room
 
-    def _post(self) -> bool:
+    def _post(self, item: _Item) -> bool:
         """Let a lone record leave now, if the broker can."""
-        posted = self._posting.post(self._stream, self._queue[0].record) if self._posting is not None else None
+        posted = self._posting.post(self._stream, item.record) if self._posting is not None else None
         if posted is None:
             return False
-        self._taken = self._leave(1)
+        self._taken = [item]
         posted.then(partial(self._answer_posted, posted))
         return True
 

@@ -36,11 +36,11 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
-from millstream.brokers.base import Record
+from millstream.brokers.base import Policy, Record
 from millstream.errors import BadSetting, BrokerError, MillstreamError, Unconfirmed, WireError
 from millstream.handlers.router import Runtime
 from millstream.handlers.subscriber import Subscriber
-from millstream.publisher import policy_of, spec_of
+from millstream.publisher import Shortening, policy_of, spec_of
 from millstream.sql import tables
 from millstream.sql.connections import Row, Statement, Work
 from millstream.sql.link import Link
@@ -48,7 +48,8 @@ from millstream.sql.rows import SHARDS, Line, fault_of
 from millstream.stream import Stream
 from millstream.telemetry import BROKER_ERROR
 from millstream.units import MAX_APPEND_BYTES, MAX_APPEND_RECORDS, MAX_EVENT_BYTES, Duration, seconds
-from millstream.wire import codec
+from millstream.wire import codec, packs
+from millstream.wire.compression import Dictionary
 from millstream.wire.partition import partition_of
 from millstream.worker.threads import Threads
 
@@ -106,8 +107,9 @@ class Relay:
     @asynccontextmanager
     async def running(self, runtime: Runtime) -> AsyncIterator[None]:
         """Publish, until the block is left. Raises `BadSetting` where a stream does not remember ids."""
+        policies: dict[str, Policy] = {}
         for stream in self._streams.values():
-            policy = await runtime.broker.declare(spec_of(stream), policy_of(stream))
+            policy = policies[stream.name] = await runtime.broker.declare(spec_of(stream), policy_of(stream))
             if not policy.dedupe_ms:
                 raise BadSetting(
                     f"outbox: stream {stream.name!r} on {runtime.broker.url} does not remember ids, so a relay that dies "
@@ -116,11 +118,15 @@ class Relay:
         with Threads() as threads:
             run = _Run(runtime, self._streams, self._connect, threads, self._source, self._poll_s)
             await run.open()
+            for name, policy in policies.items():
+                await run.shortening.follow(name, policy)
             async with asyncio.TaskGroup() as tasks:
                 task = tasks.create_task(run.loop(), name="millstream relay of the outbox")
+                looking = tasks.create_task(run.shortening.run(), name="millstream look at dictionaries")
                 try:
                     yield
                 finally:
+                    looking.cancel()
                     run.stopping.set()
                     await runtime.clock.wait(run.ended, STOP_S)
                     task.cancel()
@@ -154,6 +160,17 @@ class _Run:
         self._rests: dict[str, float] = {}
         self._pauses: dict[str, float] = {}
         self._looked: dict[str, tuple[float, int]] = {}
+        self._dictionaries: dict[str, Dictionary | None] = {}
+        self.shortening = Shortening(self, runtime.broker, runtime.clock, runtime.telemetry)
+
+    @property
+    def used(self) -> Iterable[str]:
+        """The streams to which something goes."""
+        return self._streams
+
+    def use(self, stream: str, dictionary: Dictionary | None) -> None:
+        """From now on write small events of a stream with this dictionary, or with none."""
+        self._dictionaries[stream] = dictionary
 
     async def open(self) -> None:
         """Connect, and see that the tables are there. Raises `BadSetting` when not."""
@@ -231,7 +248,7 @@ class _Run:
 
     def _sort(self, batch: Batch) -> Sorted:
         sorted_ = Sorted([], [], {})
-        partitions = self._streams[batch.stream].partitions
+        partitions, dictionary = self._streams[batch.stream].partitions, self._dictionaries.get(batch.stream)
         held: set[str | None] = set()
         for *row, behind in batch.rows:
             line = Line.read(tuple(row))
@@ -243,7 +260,8 @@ class _Run:
                 continue
             _, id_, type_, key, headers, data, created_ms, due_ms = line
             partition = partition_of(id_ if key is None else key, partitions)
-            sorted_.records.append(Record(partition, id_, type_, data, key, created_ms, headers, due_ms, self._source))
+            record = Record(partition, id_, type_, data, key, created_ms, headers, due_ms, self._source)
+            sorted_.records.append(record if dictionary is None else packs.one(record, dictionary))
             sorted_.published.append(line.seq)
         return sorted_
 

@@ -24,11 +24,12 @@ from typing import Any, Self, TypeVar, overload
 import msgspec
 
 from millstream.app import App
+from millstream.brokers.dictionaries import readable
 from millstream.brokers.memory.broker import MemoryBroker
 from millstream.clock import Clock
 from millstream.delivery import Delivery, Envelope
 from millstream.errors import MillstreamError, WireError
-from millstream.publisher import unpacked
+from millstream.publisher import opened, unpacked
 from millstream.stream import Position, Stream
 from millstream.telemetry import DEAD, HELD, LISTENER_FAILED, RETRIED, SLOT_FAILED
 from millstream.testing.clock import VirtualClock
@@ -215,6 +216,7 @@ class TestApp:
             places = self._places.setdefault(name, dict.fromkeys(range(stream.partitions)))
             for partition, place in places.items():
                 while page := await broker.read(name, partition, place, _PAGE):
+                    await readable(broker, name, page)
                     place = places[partition] = page[-1].position
                     events = (_decoded(stream, event.record.type, event.record.data) for event in unpacked(page))
                     self._published.setdefault(name, []).extend(event for event in events if event is not None)
@@ -223,13 +225,14 @@ class TestApp:
                     self._dead[group.group] += await self._letters(stream, group.group)
 
     async def _letters(self, stream: Stream[Any], group: str) -> list[DeadLetter]:
+        broker = self._app.broker
         letters: list[DeadLetter] = []
         after = ""
-        while page := await self._app.broker.admin.dead(stream.name, group, after, _PAGE):
+        while page := await broker.admin.dead(stream.name, group, after, _PAGE):
             after = page[-1].ref
-            for letter in page:
-                record = letter.stored.record
-                event = _decoded(stream, record.type, record.data)
+            events = await opened(broker, stream.name, [letter.stored for letter in page])
+            for letter, stored in zip(page, events, strict=True):
+                event = _decoded(stream, stored.record.type, stored.record.data)
                 letters.append(DeadLetter(event, letter.reason, letter.error, letter.attempts))
         return letters
 

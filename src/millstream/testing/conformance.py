@@ -36,6 +36,7 @@ from millstream.testing.suite import (  # noqa: E402
     dead,
     dedupe,
     delayed,
+    dictionaries,
     giving,
     liveness,
     losses,
@@ -55,7 +56,7 @@ __all__ = ["Conformance", "Place", "Trial"]
 
 SUBJECTS = (
     *(streams, policies, dedupe, delayed, slots, retention, losses, ceiling),
-    *(claims, outputs, dead, liveness, order, switch, people, giving, packs),
+    *(claims, outputs, dead, liveness, order, switch, people, giving, packs, dictionaries),
 )
 TEST_S = 60.0  # a test takes a few seconds; what hangs must not hold up the others
 

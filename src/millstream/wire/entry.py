@@ -26,6 +26,7 @@ from millstream.units import (
 FIELDS = (b"id", b"type", b"source", b"time", b"subject", b"headers", b"data")
 _LAYOUT = list(FIELDS)
 _PREVIEW_BYTES = 256
+_TIME_DIGITS = len(str(MAX_TIME_MS))
 _MAX_TEXTS = 1_000  # names that are remembered; there are as many as types and apps
 
 
@@ -162,7 +163,7 @@ _sources = _Texts(0, MAX_TYPE_CHARS)
 
 def _milliseconds(text: bytes) -> int:
     # Digits alone: int() would take signs, blanks and underscores too, and other languages would not.
-    value = int(text) if text.isdigit() and len(text) <= len(str(MAX_TIME_MS)) else -1
+    value = int(text) if text.isdigit() and len(text) <= _TIME_DIGITS else -1
     if not 0 <= value <= MAX_TIME_MS:
         raise ValueError("time is not a number of milliseconds since the epoch")
     return value

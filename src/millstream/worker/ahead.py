@@ -6,6 +6,9 @@ asking. As with every pipe, what has to be in it is the rate times the way there
 lately in 5 ms, several ways to the server and back, where that is more: a handler that takes a millisecond never gets there,
 one that only counts gets to a thousand, and a crash repeats 5 ms of work. `max_in_flight` is exact.
 
+Of a process with many groups each has its share of the time, so its 5 ms take as many times as long. Counted without that,
+ten groups fetched 64 events at a time: 42,800 instructions a delivery in place of 34,600 (one group: 33,000).
+
 Nor is there ever more than 32 MB of events, or its share of 64 MB where a process has many groups; but always room for one
 event, or one batch. As long as nobody knows how large they are, a small page is fetched.
 """
@@ -20,6 +23,7 @@ from millstream.handlers.subscriber import Group
 from millstream.settings import Settings
 
 MAX_AHEAD = 2_000  # events, without a setting and beyond twice what runs
+_MAX_SHARED = 12_500  # of all groups of a process, likewise: 250 for each of fifty
 _PACE_S = 0.005
 _MAX_AHEAD_BYTES = 33_554_432  # of event data; what runs is there a second time, decoded
 _MAX_SHARED_BYTES = 67_108_864  # of all groups of a process
@@ -41,6 +45,8 @@ class ReadAhead:
         self._grows = max_in_flight is None
         self._settled = 0
         self._since_s = clock.monotonic()
+        self._pace_s = _PACE_S * groups
+        self._max_ahead = min(MAX_AHEAD, _MAX_SHARED // groups)
         self._max_bytes = min(_MAX_AHEAD_BYTES, _MAX_SHARED_BYTES // groups)
         self._first_page = max(1, _FIRST_PAGE // groups)
         self._event_bytes = 0.0
@@ -70,8 +76,8 @@ class ReadAhead:
             self._settled += events
             now_s = self._clock.monotonic()
             passed_s = now_s - self._since_s
-            if passed_s >= _PACE_S:
-                pace = min(int(self._settled * _PACE_S / passed_s), MAX_AHEAD)
+            if passed_s >= self._pace_s:
+                pace = min(int(self._settled * self._pace_s / passed_s), self._max_ahead)
                 self._most = max(self._least, pace, self._most // 2)  # one stall is no change of pace
                 self._settled, self._since_s = 0, now_s
                 self._set_limit()

@@ -13,7 +13,7 @@ class Gate:
     def __init__(self) -> None:
         self.running = 0
         self.passed = 0
-        """Handlers that have ended."""
+        """Grows when handlers end; once for those of a pack that end without suspending."""
         self.closed = False
         self._changed = asyncio.Event()
         self._alone = asyncio.Lock()

@@ -2,7 +2,8 @@
 
 No task per event (2 to 4 µs), no timer per event (4 µs): one sweeper looks at all lanes a few times per timeout. A handler
 that never suspends is run by one lane to the end of the queue, the others stay asleep; as soon as it suspends, the next lane
-wakes. Each start looks at the clock: a process that was frozen must not go on as if it were still trusted.
+wakes. Each start looks at the clock: a process that was frozen must not go on as if it were still trusted. In a pack it
+looks at nothing else, unless a handler has suspended: while a lane holds the loop, all the rest stays as it is.
 
 Work goes in *turns*: whoever has waited works out how much may be started, and until when, before the others (the heartbeat,
 the settler, the reader) must have the loop again; a start compares with that. An event takes 1.3 µs here and in the settler:
@@ -185,20 +186,26 @@ class Lanes:
 
     async def _through(self, lane: Lane, route: Route, run: Run) -> None:
         """Handle events of a pack, which stays at the head of the queue: more lanes take of it when we suspend."""
-        claim, parts, datas, done = run.claim, run.parts, run.packed.columns.datas, run.open.discard
+        claim, held = run.claim, True
         decode, invoke = route.decode[run.type], route.invoke
         queue, gate, monotonic = self._queue, self._gate, self._monotonic
         assert lane.task is not None
-        cancelling = lane.task.cancelling
-        self._runs.offer(run, queue)
+        cancelling, call_soon = lane.task.cancelling, asyncio.get_running_loop().call_soon
+
+        def let_go() -> None:  # called as soon as a handler suspends, and before it goes on
+            nonlocal held
+            held = False
+
+        call_soon(let_go)
+        self._runs.enter(run, queue)
         self.wake()
         gate.running += 1
         lane.claims, lane.type = (claim,), run.type
         try:
-            while parts:
-                lane.part = part = parts.popleft()
+            for part, data in run.rest:
+                lane.part = part
                 try:
-                    event = decode(datas[part])
+                    event = decode(data)
                 except Exception as error:
                     self._part_failed(lane, route, run, route.undecodable(run.type, error))
                     continue
@@ -206,15 +213,18 @@ class Lanes:
                     await invoke(event)
                 except BaseException as error:
                     self._part_failed(lane, route, run, error)
-                else:
-                    done(part)
-                gate.passed += 1
-                if cancelling() or self._stopping or gate.closed or monotonic() >= self._until:
+                if monotonic() >= self._until:
                     break
-                if not queue or queue[0] is not claim:
-                    break
+                if not held:  # somebody else has had the loop: all may be different
+                    gate.passed += 1
+                    if cancelling() or self._stopping or gate.closed or not queue or queue[0] is not claim:
+                        break
+                    held = True
+                    call_soon(let_go)
+            else:
+                self._runs.exhaust(run, queue)
         finally:
-            self._runs.look(run, queue)
+            self._runs.leave(run)
             gate.leave()
             self._free(lane)
         self._starts = 0  # the settler has the next turn: nobody may begin many packs before one is settled
@@ -228,7 +238,7 @@ class Lanes:
         """Handle a claim, and those behind it that the same handler may have without waiting, or noting, first."""
         queue, gate, finish, monotonic = self._queue, self._gate, self._settler.finish, self._monotonic
         routes, prepare, invoke, delivers = self._routes, route.prepare, route.invoke, route.delivers
-        plain = not delivers and self._order is None
+        order = self._order
         assert lane.task is not None
         cancelling = lane.task.cancelling
         gate.running += 1
@@ -241,30 +251,22 @@ class Lanes:
                 except BaseException as error:
                     self._failed(lane, route, error)
                 else:
-                    if plain:
-                        finish(claim.position)
+                    if delivers and prepared.staged:
+                        self._settle(Settlement(claim.position, DONE, prepared.staged))
                     else:
-                        self._done(claim, prepared.staged if delivers else ())
+                        finish(claim.position)
+                    if order is not None and (follower := order.ended(claim.record.key)) is not None:
+                        self._let(follower)
                 if cancelling() or self._freed is not None:
                     self._free(lane)
-                if self._starts <= 0 or not queue or gate.closed or monotonic() >= self._until:
-                    break
-                claim = queue[0]
-                if claim.suspect or routes.get(claim.record.type) is not route:
+                over = self._starts <= 0 or not queue or gate.closed or monotonic() >= self._until
+                if over or (claim := queue[0]).suspect or routes.get(claim.record.type) is not route:
                     break
                 queue.popleft()
                 self._starts -= 1
         finally:
             gate.leave()
             self._free(lane)
-
-    def _done(self, claim: Claim, staged: Sequence[Output]) -> None:
-        if staged:
-            self._settle(Settlement(claim.position, DONE, staged))
-        else:
-            self._settler.finish(claim.position)
-        if self._order is not None:
-            self._next(claim.record.key, wait=False)
 
     def _free(self, lane: Lane) -> None:
         """What the lane was called for has ended."""
@@ -386,10 +388,14 @@ class Lanes:
             self._settle(Settlement(claim.position, BEHIND))
             claim = self._order.ended(key)
         if claim is not None:
-            # One pack after the other: those that are open take much more room.
-            (self._queue.appendleft if self._runs.is_event(claim) else self._queue.append)(claim)
-            self._more.set()
-            self.wake()
+            self._let(claim)
+
+    def _let(self, claim: Claim) -> None:
+        """It need not wait for others of its key any more."""
+        # One pack after the other: those that are open take much more room.
+        (self._queue.appendleft if self._runs.is_event(claim) else self._queue.append)(claim)
+        self._more.set()
+        self.wake()
 
     def _forget(self, gone: Callable[[Claim], bool]) -> None:
         """Drop claims that have not started."""

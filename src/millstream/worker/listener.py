@@ -15,7 +15,7 @@ from millstream.telemetry import LISTENER_FAILED, Telemetry, logger
 from millstream.worker.backoff import Backoff
 from millstream.worker.call import Route
 from millstream.worker.gate import Gate
-from millstream.worker.runs import readable
+from millstream.worker.runs import until_readable
 
 _PAGE = 500
 _WAIT_S = 5.0
@@ -49,7 +49,7 @@ class Listener:
                     self.joined.set()
                 for partition, place in places.items():
                     page = await self._broker.read(self._stream, partition, place, _PAGE)
-                    await readable([stored.record for stored in page], who, self._clock, self._telemetry)
+                    await until_readable(self._broker, self._stream, page, who, self._clock, self._telemetry)
                     for stored in page:
                         places[partition] = stored.position
                         for event in unpacked((stored,)):

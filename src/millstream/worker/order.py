@@ -17,7 +17,7 @@ class KeyOrder:
     """
 
     def __init__(self) -> None:
-        self._behind: dict[str, deque[Claim] | None] = {}
+        self._behind: dict[str | None, deque[Claim] | None] = {}  # None, for no key, is never in it
         self.waiting = 0
         """Claims that wait for another one of their key."""
 
@@ -49,8 +49,8 @@ class KeyOrder:
 
     def ended(self, key: str | None) -> Claim | None:
         """A claim has ended: the next one of its key, which may start now."""
-        queue = self._behind.pop(key, None) if key is not None else None
-        if not queue or key is None:
+        queue = self._behind.pop(key, None)
+        if not queue:
             return None
         self._behind[key] = queue
         self.waiting -= 1
@@ -58,7 +58,7 @@ class KeyOrder:
 
     def join(self, key: str | None, room: int) -> list[Claim]:
         """Up to so many of those that wait for a key, to go with the claim that they wait for."""
-        queue = self._behind.get(key) if key is not None else None
+        queue = self._behind.get(key)
         taken: list[Claim] = []
         while queue and len(taken) < room:
             if queue[0].suspect > 1 or is_pack(queue[0].record):  # who was running in a crash is called alone

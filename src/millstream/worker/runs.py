@@ -1,6 +1,6 @@
 """Runs: the packs that lanes work on. Lanes see events, the broker sees packs, and this lies between them.
 
-    claim of a pack ──► open ──┬──► taken one by one from `Run.parts`, no claim made ──┐
+    claim of a pack ──► open ──┬──► taken one by one from `Run.rest`, no claim made ───┐
                                └──► spread: each event a claim of its own ──► ended ───┴──► all ended: one settlement
 
 Nothing but the settler's gathering brings a claim of an event back to its run, in the order in which the lanes ended them;
@@ -8,6 +8,8 @@ so lanes treat it like any other: order, retries, suspects, batches. Where a han
 kept, that is not needed: a lane goes through the pack and makes a claim of an event that fails only. With JSON of 200
 bytes that is 1.0 µs an event in place of 4.7 on its own, all of a worker on the memory broker included; a handler that takes
 a `Delivery` pays 6.4.
+
+A pack of one is no run: `Runs.readable` puts its event into its place before lanes see it, and all else is as for any event.
 
 A run that cannot go on, at a stop or when its partition goes to somebody else, is *closed*: what has not ended is left,
 uncounted. One that was lost is forgotten.
@@ -18,14 +20,29 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 
-from millstream.brokers.base import Claim, Dead, Done, Later, Letter, Outcome, Output, Position, Settlement, finished
+from msgspec.structs import replace
+
+from millstream.brokers.base import (
+    Broker,
+    Claim,
+    Dead,
+    Done,
+    Later,
+    Letter,
+    Outcome,
+    Output,
+    Position,
+    Settlement,
+    Stored,
+    finished,
+)
+from millstream.brokers.dictionaries import readable
 from millstream.clock import Clock
-from millstream.errors import WireError
+from millstream.errors import BrokerError, MillstreamError, WireError
 from millstream.handlers.subscriber import Group
 from millstream.telemetry import BROKER_ERROR, DEAD, Telemetry
 from millstream.wire import packs
-from millstream.wire.entry import Record
-from millstream.wire.packs import Packed
+from millstream.wire.packs import One, Packed
 from millstream.worker.ahead import ReadAhead
 from millstream.worker.order import KeyOrder
 
@@ -39,18 +56,23 @@ class Run:
     def __init__(self, claim: Claim, packed: Packed, *, in_order: bool) -> None:
         self.claim = claim
         self.packed = packed
-        left = [part for part in claim.left if part < len(packed)] or range(len(packed))
-        self.parts = deque(left)
-        """Those that nobody has begun."""
-        self.open = set(left)
-        """Those that have not ended."""
+        whole, datas = range(len(packed)), packed.columns.datas
+        left = [part for part in claim.left if part in whole] or whole
+        self.rest = zip(left, datas if left is whole else [datas[part] for part in left], strict=True)
+        """Those that nobody has begun, and their data."""
+        self.lanes = 0
+        """Lanes that go through it, each with one event at a time."""
+        self.apart: set[int] = set()
+        """Those that are claims of their own, and have not ended."""
+        self.exhausted = False
+        """Whether all have begun."""
         self.waits = False
         """Whether its claim waits at the head of the queue, for lanes to take more of it."""
         self.in_order = in_order
         """Whether its events are handled one after the other."""
         self.lost = False
         self.closing = False
-        self._count = len(self.open)
+        self._count = len(left)
         self._again: list[int] = []
         self._later: Later | None = None
         self._outputs: list[Output] = []
@@ -69,8 +91,8 @@ class Run:
         return Claim(position, self.packed.record(part), pack.attempt, pack.suspect, pack.postponed, token=pack.token)
 
     def end(self, part: int, outcome: Outcome, outputs: Sequence[Output] = ()) -> None:
-        """An event has ended."""
-        self.open.discard(part)
+        """An event that was a claim of its own has ended."""
+        self.apart.discard(part)
         self._outputs += outputs
         match outcome:
             case Later():
@@ -80,17 +102,23 @@ class Run:
                 self._letters.append(Letter(part, self.packed.record(part), reason, error))
 
     def close(self) -> None:
-        """Leave what has not ended."""
-        if self.open:
-            self._again += self.open
+        """Leave what has not ended. No lane goes through it any more, or it is lost."""
+        left = [*self.apart, *(part for part, _ in self.rest)]
+        if left:
+            self._again += left
             self._wait(_CLOSED)
-            self.open.clear()
+            self.apart.clear()
 
     def _wait(self, later: Later) -> None:
         if self._later is None:
             self._later = later
         elif not self.in_order:  # else those behind the first one wait for it, as long as it waits
             self._later = _sooner(self._later, later)
+
+    @property
+    def is_over(self) -> bool:
+        """True when all have ended, and nobody has settled it yet."""
+        return self.exhausted and not (self.lanes or self.apart or self.closing)
 
     @property
     def is_untouched(self) -> bool:
@@ -118,6 +146,7 @@ class Runs:
         dropped: Callable[[int], None],
     ) -> None:
         self._group = group.name
+        self._stream = group.stream.name
         self._in_order = group.order == "key"
         self._ahead = ahead
         self._telemetry = telemetry
@@ -125,14 +154,19 @@ class Runs:
         self._dropped = dropped
         self._open: dict[Position, Run] = {}
 
-    def begin(self, settle: Callable[[Settlement], None], *, able: bool) -> None:
-        """Say how to settle, and whether the broker can keep what becomes of the events of a pack; once, before all else."""
+    def begin(self, settle: Callable[[Settlement], None], broker: Broker) -> None:
+        """Say how to settle, and where the dictionaries are; once, before all else."""
         self._settle = settle
-        self._able = able
+        self._broker = broker
+        self._able = broker.traits.packs  # it can keep what becomes of the events of a pack
 
-    async def readable(self, claims: Iterable[Claim]) -> None:
-        """Wait, and say so, until all that is needed to read the packs among these is installed."""
-        await readable([claim.record for claim in claims], self._group, self._clock, self._telemetry)
+    async def readable(self, claims: list[Claim]) -> None:
+        """Wait, and say so, until the packs among these can be read. Packs of one become their events, where they stand."""
+        if packs.TYPE in {claim.record.type for claim in claims}:
+            claims[:] = map(_event, claims)
+            left = [claim.stored for claim in claims if packs.is_pack(claim.record)]
+            await until_readable(self._broker, self._stream, left, self._group, self._clock, self._telemetry)
+            claims[:] = map(_event, claims)
 
     def open(self, claim: Claim) -> Run | Dead:
         """The run of a claim whose record is a pack; or why the pack as a whole is given up."""
@@ -146,18 +180,21 @@ class Runs:
             packed = packs.read(claim.record, position.offset)
         except WireError as error:
             return self._dead(claim, str(error))
+        if isinstance(packed, One):
+            return self._dead(claim, "its dictionary was not known when it was fetched: replay it")
         run = self._open[position] = Run(claim, packed, in_order=self._in_order and claim.record.key is not None)
         return run
 
-    def offer(self, run: Run, queue: deque[Claim]) -> None:
-        """Put its claim back to the head of the queue: whoever comes takes of its events what nobody has begun."""
+    def enter(self, run: Run, queue: deque[Claim]) -> None:
+        """A lane goes through it. Its claim is back at the head of the queue: whoever comes takes of what is left."""
         queue.appendleft(run.claim)
         run.waits = True
+        run.lanes += 1
 
     def spread(self, run: Run, queue: deque[Claim], order: KeyOrder | None) -> None:
         """Put the events of a run, whose claim was taken out of the queue, into its place: each as a claim of its own."""
-        claims = [self.part(run, part) for part in run.parts]
-        run.parts.clear()
+        claims = [self.part(run, part) for part, _ in run.rest]
+        run.exhausted = True
         if order is not None and run.in_order:
             order.precede(run.claim.record.key, claims[1:])
             claims = claims[:1]
@@ -166,17 +203,23 @@ class Runs:
     def part(self, run: Run, part: int) -> Claim:
         """An event as a claim of its own, which we hold beside the pack's from now on."""
         self._ahead.held += 1
+        run.apart.add(part)
         return run.part(part)
 
-    def look(self, run: Run, queue: deque[Claim]) -> None:
-        """Take its claim out of the queue if all its events have begun, and settle it if all have ended."""
-        if run.waits and not run.parts:
+    def exhaust(self, run: Run, queue: deque[Claim]) -> None:
+        """All its events have begun: its claim is there for nobody any more."""
+        run.exhausted = True
+        if run.waits:
             run.waits = False
             if run.claim in queue:
                 queue.remove(run.claim)
             else:
                 self._ahead.held += 1  # whoever took it out has counted it as gone
-        if not (run.open or run.closing):
+
+    def leave(self, run: Run) -> None:
+        """A lane that went through it does so no more: if it was the last one, and all have ended, it is settled."""
+        run.lanes -= 1
+        if run.is_over:
             self._settle(self._over(run))
 
     def gathered(self, done: list[Position], settlements: list[Settlement]) -> tuple[list[Position], list[Settlement]]:
@@ -198,7 +241,7 @@ class Runs:
             run.lost = True
             self._finish(run)
         self._dropped(len(runs))
-        return lost.union(run.part(part).position for run in runs for part in run.open)
+        return lost.union(run.part(part).position for run in runs for part in run.apart)
 
     def claimed(self, claims: Iterable[Claim]) -> list[Position]:
         """Where they lie for the broker: events of runs where their packs do."""
@@ -229,7 +272,7 @@ class Runs:
         self._ahead.held -= 1
         run = self._open[position]
         run.end(part, settlement.outcome, settlement.outputs)
-        return None if run.open or run.closing else self._over(run)
+        return self._over(run) if run.is_over else None
 
     def _closed(self, position: Position) -> Settlement | None:
         run = self._open.get(position)
@@ -254,7 +297,7 @@ class Runs:
         if self._open:
             offset, part = packs.part_of(position.offset)
             pack = Position(position.partition, offset)
-            if part is not None and (run := self._open.get(pack)) is not None and part in run.open:
+            if part is not None and (run := self._open.get(pack)) is not None and part in run.apart:
                 return pack, part
         return position, None
 
@@ -267,15 +310,32 @@ class Runs:
         return Dead(reason, error)
 
 
-async def readable(records: Sequence[Record], who: str, clock: Clock, telemetry: Telemetry) -> None:
-    """Wait, and say so, until all that is needed to read the packs among these is installed."""
-    if packs.TYPE not in {record.type for record in records}:
-        return
-    for record in records:
-        while packs.is_pack(record) and (lacking := packs.lacking(record)):
-            telemetry.emit(BROKER_ERROR, group=who, doing="read packs", error=lacking)
-            telemetry.complain(who, clock.monotonic(), "group %s waits: %s", who, lacking)
-            await clock.sleep(_PAUSE_S)
+async def until_readable(
+    broker: Broker, stream: str, page: Sequence[Stored], who: str, clock: Clock, telemetry: Telemetry
+) -> None:
+    """Wait, and say so, until the libraries are installed and the dictionaries are known that the packs of a page need."""
+    while True:
+        try:
+            lacking: MillstreamError | None = await readable(broker, stream, page)
+        except BrokerError as error:
+            if not error.retryable:
+                raise
+            lacking = error
+        if lacking is None:
+            return
+        telemetry.emit(BROKER_ERROR, group=who, doing="read packs", error=lacking)
+        telemetry.complain(who, clock.monotonic(), "group %s waits: %s", who, lacking)
+        await clock.sleep(_PAUSE_S)
+
+
+def _event(claim: Claim) -> Claim:
+    """A claim of a pack of one as that of its event; any other, and one that cannot be read, as it is."""
+    if not packs.is_one(claim.record):
+        return claim
+    try:
+        return replace(claim, record=packs.read(claim.record, claim.position.offset).record(0))
+    except WireError:
+        return claim
 
 
 def _sooner(one: Later, other: Later) -> Later:

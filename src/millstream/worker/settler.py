@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from millstream.brokers.base import Consumer, Dead, Position, Settlement
+from millstream.brokers.base import DONE, Consumer, Dead, Position, Settlement, finished
 from millstream.clock import Clock
 from millstream.errors import BrokerError, BrokerFull
 from millstream.telemetry import STALE, Telemetry
@@ -42,7 +42,7 @@ class Settler:
         self._room = Backoff("store dead letters and outputs", group, clock, telemetry)
         self._settled = settled
         self._gathered = gathered
-        self._finished: list[Position] = []
+        self._finished: list[Position] = []  # as long as nothing waits; else all does, in its order
         self._waiting: list[Settlement] = []
         self._aside: list[Settlement] = []
         self._aside_until = 0.0
@@ -54,22 +54,26 @@ class Settler:
 
     def finish(self, position: Position) -> None:
         """Hand over an event that is done, and with which nothing is stored."""
+        if self._waiting:
+            self._waiting.append(Settlement(position, DONE))
+            return
         if not self._finished:
-            self._wake.set()
-            self._idle.clear()
+            self._begin()
         self._finished.append(position)
 
     def finish_all(self, positions: Sequence[Position]) -> None:
         """The same for all of a batch."""
-        self._wake.set()
-        self._idle.clear()
+        if self._waiting:
+            self._waiting += finished(positions)
+            return
+        self._begin()
         self._finished += positions
 
     def add(self, settlement: Settlement) -> None:
         """Hand over one outcome."""
         if not self._waiting:
-            self._wake.set()
-            self._idle.clear()
+            self._begin()
+            self._put_back([])
         self._waiting.append(settlement)
 
     async def caught_up(self) -> None:
@@ -86,11 +90,15 @@ class Settler:
         while self._finished or self._waiting or self._aside or not self._stopping:
             pause_s = self._aside_until - self._clock.monotonic()
             if self._aside and pause_s <= 0:
-                self._waiting, self._aside = self._aside + self._waiting, []
+                aside, self._aside = self._aside, []
+                self._put_back(aside)
             if self._finished or self._waiting:
                 done, waiting = self._gathered(self._finished, self._waiting)
-                self._finished, self._waiting = [], []
-                await self._tell(done, waiting)
+                self._finished, self._waiting = done[MAX_SETTLE:], waiting[MAX_SETTLE:]
+                if done:
+                    await self._finish(done[:MAX_SETTLE])
+                elif waiting:
+                    await self._settle(waiting[:MAX_SETTLE])
                 if not (self._finished or self._waiting):
                     self._idle.set()
                 continue
@@ -100,25 +108,24 @@ class Settler:
             else:
                 await self._wake.wait()
 
-    async def _tell(self, done: list[Position], waiting: list[Settlement]) -> None:
-        """Of a key what is done goes first: what must be tried again is behind it."""
-        for begin in range(0, len(done), MAX_SETTLE):
-            if not await self._finish(done[begin : begin + MAX_SETTLE]):
-                self._finished, self._waiting = done[begin:] + self._finished, waiting + self._waiting
-                return
-        batch, self._waiting = waiting[:MAX_SETTLE], waiting[MAX_SETTLE:] + self._waiting
-        if batch:
-            await self._settle(batch)
+    def _begin(self) -> None:
+        self._wake.set()
+        self._idle.clear()
 
-    async def _finish(self, positions: list[Position]) -> bool:
+    def _put_back(self, settlements: list[Settlement]) -> None:
+        """These come first, and all in its order: what follows of a key is not to be settled before them."""
+        self._waiting = [*settlements, *self._waiting, *finished(self._finished)]
+        self._finished = []
+
+    async def _finish(self, positions: list[Position]) -> None:
         try:
             answers = await self._consumer.finish(positions)
         except BrokerError as error:  # nothing is known: the same again
             self._repeated.update(positions)
+            self._put_back(finished(positions))
             await self._backoff.pause(error)
-            return False
-        self._answered(positions, answers)
-        return True
+        else:
+            self._answered(positions, answers)
 
     async def _settle(self, batch: list[Settlement]) -> None:
         try:
@@ -127,11 +134,11 @@ class Settler:
             self._repeated.update(settlement.position for settlement in batch)
             large = [settlement for settlement in batch if _needs_room(settlement)]
             if isinstance(error, BrokerFull) and large:
-                self._waiting = [settlement for settlement in batch if not _needs_room(settlement)] + self._waiting
+                self._put_back([settlement for settlement in batch if not _needs_room(settlement)])
                 self._aside += large
                 self._aside_until = self._clock.monotonic() + self._room.delay_s(error)
             else:
-                self._waiting = batch + self._waiting
+                self._put_back(batch)
                 await self._backoff.pause(error)
         else:
             if not self._aside:

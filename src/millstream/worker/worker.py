@@ -94,7 +94,7 @@ class Worker:
         try:
             keeper = Keeper(consumer, self.group.name, self._subscription.lease_s, *common, self._kept)
             settler = Settler(consumer, self.group.name, *common, self._left, self._runs.gathered)
-            self._runs.begin(settler.add, able=self._broker.traits.packs)
+            self._runs.begin(settler.add, self._broker)
             lanes = Lanes if self.group.batch is None else BatchLanes
             self._lanes = lanes(
                 self.group,

@@ -6,10 +6,15 @@ from collections.abc import Sequence
 from itertools import groupby, islice
 from typing import TYPE_CHECKING
 
+from msgspec.structs import replace
+
 from millstream.brokers.base import DeadLetter, GroupInfo, ParkedKey, PendingInfo, Policy, Start, Stored, StreamInfo
+from millstream.brokers.dictionaries import refused
 from millstream.brokers.memory.log import ordinal
 from millstream.brokers.memory.ordered import OrderedGroup
 from millstream.errors import BrokerRefused
+from millstream.units import MAX_DICTIONARIES
+from millstream.wire import compression
 
 if TYPE_CHECKING:
     from millstream.brokers.memory.broker import MemoryBroker
@@ -98,6 +103,21 @@ class MemoryAdmin:
     async def apply(self, stream: str, policy: Policy) -> None:
         """Change what holds for a stream."""
         self._broker.log(stream).policy = policy
+
+    async def train(self, stream: str, number: int, content: bytes = b"") -> None:
+        """Store a dictionary, and have publishers use it from now on."""
+        compression.check_size(content)
+        log = self._broker.log(stream)
+        there = log.dictionaries.get(number)
+        if number and there is None:
+            if not content:
+                raise refused(stream, number, "UNKNOWN")
+            if len(log.dictionaries) >= MAX_DICTIONARIES:
+                raise refused(stream, number, "FULL")
+            log.dictionaries[number] = content
+        elif number and content not in (b"", there):
+            raise refused(stream, number, "TAKEN")
+        log.policy = replace(log.policy, dictionary=number)
 
     async def discard(self, stream: str) -> None:
         """Delete a stream with all that it has."""

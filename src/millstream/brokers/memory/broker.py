@@ -70,6 +70,7 @@ class MemoryBroker:
         retention=True,
         slots=True,
         packs=True,
+        dictionaries=True,
     )
 
     def __init__(self, url: str, settings: Settings, clock: Clock, telemetry: Telemetry) -> None:
@@ -123,6 +124,14 @@ class MemoryBroker:
         """For each partition, the position behind which `read` begins."""
         before = enumerate(self.log(stream).find(start))
         return {partition: Position(partition, str(count)) if count else None for partition, count in before}
+
+    async def policy(self, stream: str) -> Policy:
+        """What holds for a declared stream."""
+        return self.log(stream).policy
+
+    async def dictionary(self, stream: str, number: int) -> bytes | None:
+        """A dictionary of a stream, or None."""
+        return self.log(stream).dictionaries.get(number)
 
     async def wait(self, stream: str, after: Mapping[int, Position | None], wait_s: float) -> None:
         """Return when there is an event behind one of these positions, or the time is up."""

@@ -33,6 +33,7 @@ class Log:
         self.groups: dict[str, Group | OrderedGroup] = {}
         self.slots: dict[str, int] = {}
         """Per schedule the last slot."""
+        self.dictionaries: dict[int, bytes] = {}
         self.changed = asyncio.Event()
         self.gone = [0] * spec.partitions
         self.pinned_by = ""

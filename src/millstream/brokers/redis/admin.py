@@ -19,6 +19,7 @@ from millstream.brokers.base import (
     Stored,
     StreamInfo,
 )
+from millstream.brokers.dictionaries import refused
 from millstream.brokers.redis.appending import read_policy
 from millstream.brokers.redis.keys import Keys
 from millstream.brokers.redis.link import Link, ReplyError
@@ -26,7 +27,8 @@ from millstream.brokers.redis.members import WAITING, Place
 from millstream.brokers.redis.people import People
 from millstream.brokers.redis.scripts import scripts
 from millstream.errors import BadStream, BrokerDown, BrokerRefused, WireError
-from millstream.wire import entry
+from millstream.units import MAX_DICTIONARIES
+from millstream.wire import compression, entry
 
 if TYPE_CHECKING:
     from millstream.brokers.redis.broker import RedisBroker
@@ -178,6 +180,22 @@ class RedisAdmin:
             raise BrokerRefused(f"stream {stream!r} is not declared on {self._broker.url} any more")
         await link.call("HSET", meta, "policy", msgspec.json.encode(policy))
 
+    async def train(self, stream: str, number: int, content: bytes = b"") -> None:
+        """Store a dictionary, and have publishers use it from now on."""
+        compression.check_size(content)
+        link = await self._broker.control()
+        keys = (await self._broker.known(stream, link)).keys
+        answer = b"AGAIN"
+        while answer == b"AGAIN":  # each time somebody else has changed the policy
+            partitions, text = await link.call("HMGET", keys.stream_meta, "partitions", "policy")
+            if partitions is None:
+                raise BrokerRefused(f"stream {stream!r} is not declared on {self._broker.url} any more")
+            policy = msgspec.structs.replace(read_policy(stream, text), dictionary=number)
+            words = number, content, MAX_DICTIONARIES, text or b"", msgspec.json.encode(policy)
+            answer = await link.run(scripts["train"], (keys.dictionaries, keys.stream_meta), words)
+        if answer != b"OK":
+            raise refused(stream, number, answer.decode())
+
     async def discard(self, stream: str) -> None:
         """Delete a stream with all that it has: its groups one by one, then all the rest in one step."""
         link = await self._broker.control()
@@ -189,11 +207,9 @@ class RedisAdmin:
                 place = await self._people.place(stream, group)
                 assert place is not None
                 await self._people.forget(place)
+            own = keys.streams, keys.stream_meta, keys.slots, keys.dictionaries
             parts = [key for partition in range(len(keys.logs)) for key in keys.store(partition)]
-            if (
-                await link.run(scripts["erase"], (keys.streams, keys.stream_meta, keys.slots, *parts), (stream,))
-                == b"OK"
-            ):
+            if await link.run(scripts["erase"], (*own, *parts), (stream,)) == b"OK":
                 return self._broker.discarded(stream)
         raise BrokerDown(f"groups of stream {stream!r} are made all the time: stop what uses it")
 

@@ -37,7 +37,7 @@ from millstream.brokers.preparing import Posted
 from millstream.brokers.redis import appending, control
 from millstream.brokers.redis.admin import RedisAdmin
 from millstream.brokers.redis.appending import Known, read_policy, write_policy
-from millstream.brokers.redis.confirming import Level, check_confirm, confirms, level
+from millstream.brokers.redis.confirming import MEMORY, Level, check_confirm, confirms, level
 from millstream.brokers.redis.consumer import RedisConsumer
 from millstream.brokers.redis.joining import create
 from millstream.brokers.redis.keys import Keys
@@ -61,7 +61,7 @@ MAX_PAGE_BYTES = 8_388_608  # what one read should bring at most, by the sizes o
 POLL_S = 0.25  # how often a reader without connection looks
 WIRE_VERSION = b"1"  # of keys and entries, as recorded with each stream
 
-_TRAITS = Traits(order=True, delayed=True, dedupe=True, retention=True, slots=True, packs=True)
+_TRAITS = Traits(order=True, delayed=True, dedupe=True, retention=True, slots=True, packs=True, dictionaries=True)
 _RECORDED = ("v", "partitions", "key", "codec", "policy")
 _LAST_SEQUENCE = 18_446_744_073_709_551_615
 
@@ -79,7 +79,8 @@ class RedisBroker:
         self._traits = msgspec.structs.replace(_TRAITS, atomic_outputs=not self.target.outputs_before)
         self._warned = False
         self._admin = RedisAdmin(self)
-        self._budget = Budget()
+        self.budget = Budget()
+        """What those who consume in the order of keys share."""
         self._tending = Tending(self)
         self._open = False
         self._run_id = ""
@@ -179,7 +180,7 @@ class RedisBroker:
     def prepared(self, stream: str, records: Sequence[Record]) -> Sequence[Record]:
         """The records with what `append` sends for them, if the stream is known and asks for nothing."""
         known = self._streams.get(stream)
-        return appending.prepared(known, records) if known is not None and known.plain else records
+        return records if known is None else appending.prepared(known, records)
 
     def post(self, stream: str, record: Record) -> Posted | None:
         """Send a record now, where all that `append` would look up is at hand and the link has room."""
@@ -229,6 +230,22 @@ class RedisBroker:
             return dict.fromkeys(partitions)
         return {p: Position(p, f"{start - 1}-{_LAST_SEQUENCE}") for p in partitions}
 
+    async def policy(self, stream: str) -> Policy:
+        """What holds for a declared stream. A dictionary that is gone, as after a flush, is not named."""
+        link = await self._publish.get()
+        known = await self.known(stream, link)
+        await known.fresh(link, self.clock.monotonic())
+        policy = known.policy
+        if policy.dictionary and not await link.call("HEXISTS", known.keys.dictionaries, policy.dictionary):
+            policy = msgspec.structs.replace(policy, dictionary=0)
+        return policy
+
+    async def dictionary(self, stream: str, number: int) -> bytes | None:
+        """A dictionary of a stream, or None."""
+        link = await self._read.get()
+        found: bytes | None = await link.call("HGET", (await self.known(stream, link)).keys.dictionaries, number)
+        return found
+
     async def wait(self, stream: str, after: Mapping[int, Position | None], wait_s: float) -> None:
         """Return when there may be an event behind one of these positions, or the time is up."""
         known = await self.known(stream, await self.control())
@@ -262,7 +279,7 @@ class RedisBroker:
         if not subscription.order:
             return await RedisConsumer.join(self, subscription)
         await self.declare(subscription.stream)
-        consumer = OrderedConsumer(Lives(self, subscription), subscription, self.clock, self.telemetry, self._budget)
+        consumer = OrderedConsumer(Lives(self, subscription), subscription, self.clock, self.telemetry, self.budget)
         try:
             await consumer.enter()
         except OtherOrder:  # it was switched back as we came: nobody is to wait for us
@@ -286,6 +303,8 @@ class RedisBroker:
         return Keys(self.target.namespace, check_name("stream", stream.name), stream.partitions)
 
     async def _level(self, link: Link, confirm: Confirm) -> Level:
+        if confirm == "memory":
+            return MEMORY
         levels = self._levels.setdefault(link, {})
         if confirm not in levels:
             levels[confirm] = await level(link, confirm)
@@ -331,7 +350,8 @@ class RedisBroker:
 
     async def _record(self, link: Link, stream: StreamSpec, policy: Policy) -> tuple[StreamSpec, Policy]:
         keys = self._keys_of(stream)
-        values = WIRE_VERSION, stream.partitions, stream.key, stream.codec, write_policy(policy)
+        fresh = msgspec.structs.replace(policy, dictionary=0)  # gone with a flush, until somebody stores it again
+        values = WIRE_VERSION, stream.partitions, stream.key, stream.codec, write_policy(fresh)
         fields: list[tuple[str, Argument]] = list(zip(_RECORDED, values, strict=True))
         commands: list[Sequence[Argument]] = [("HSETNX", keys.stream_meta, name, value) for name, value in fields]
         commands += [("SADD", keys.streams, stream.name), ("HMGET", keys.stream_meta, *_RECORDED)]
@@ -340,7 +360,7 @@ class RedisBroker:
         for reply in done:
             if isinstance(reply, ReplyError):
                 raise link.failure(reply, f"declare {stream.name}")
-        return self._spec_of(stream.name, done[-1]) or (stream, policy)
+        return self._spec_of(stream.name, done[-1]) or (stream, fresh)
 
     def _spec_of(self, stream: str, values: Sequence[bytes | None]) -> tuple[StreamSpec, Policy] | None:
         version, partitions, key, codec, policy = values

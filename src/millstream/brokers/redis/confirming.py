@@ -56,9 +56,7 @@ async def confirms(link: Link) -> frozenset[Confirm]:
 
 
 async def level(link: Link, confirm: Confirm) -> Level:
-    """How to ask the server of this link."""
-    if confirm == "memory":
-        return MEMORY
+    """How to ask the server of this link for more than its memory."""
     deadline_s = DEADLINE_S + PATIENCE_MS / 1000
     if confirm == "replicated":
         return Level(pack("WAIT", 1, PATIENCE_MS), _alone, deadline_s)

@@ -18,7 +18,7 @@ MAX_KEY_PART_BYTES = 256  # of an event key that becomes part of a name; a longe
 class Keys:
     """The keys of one stream in a namespace."""
 
-    __slots__ = ("_unit", "logs", "probe", "slots", "stream_meta", "streams")
+    __slots__ = ("_unit", "dictionaries", "logs", "probe", "slots", "stream_meta", "streams")
 
     def __init__(self, namespace: str, stream: str, partitions: int) -> None:
         front = namespace + ":" if namespace else ""
@@ -30,6 +30,8 @@ class Keys:
         """Hash `v partitions key codec policy pinned_by`: how the stream was declared, and what holds for it."""
         self.slots = f"{self._unit}slots".encode()
         """Hash: each schedule that publishes to the stream, and the last moment that it has published (milliseconds)."""
+        self.dictionaries = f"{self._unit}dictionaries".encode()
+        """Hash: the dictionaries with which events of the stream were written, by their numbers."""
         self.probe = f"{self._unit}probe".encode()
         """Stream, for a moment: what a server does is tried on it."""
         self.logs = (

@@ -112,7 +112,7 @@ class RedisLedger:
         self._nonce = broker.clock.nonce().encode()
         self._fence = place.fence(name)
         self._pair = Pair(broker, name)
-        self._pages = Pages(place, self._pair)
+        self._pages = Pages(place, self._pair, broker.budget)
         self._ticks = Ticks(broker.clock, subscription.lease_s)
         self._replaced = False
         self._beat_at = 0.0

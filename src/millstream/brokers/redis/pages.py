@@ -15,12 +15,13 @@ from typing import Any, NamedTuple, TypeAlias
 
 from hiredis import ReplyError
 
+from millstream.brokers.budget import Budget
 from millstream.brokers.ledger import Cursor
 from millstream.brokers.redis.link import BLOCK_S, Answers, broker_error, pack
 from millstream.brokers.redis.members import Place
 from millstream.brokers.redis.pair import Pair
 from millstream.brokers.redis.progress import BEFORE_ALL
-from millstream.brokers.redis.sizes import Sizes
+from millstream.brokers.redis.sizes import MAX_REPLY_BYTES, Sizes
 from millstream.brokers.redis.turns import MAX_EVENTS, PAGE, Turns
 
 Page: TypeAlias = Sequence[tuple[bytes, Sequence[bytes]]]
@@ -39,12 +40,13 @@ class _Ahead(NamedTuple):
 class Pages:
     """Those of one life of a member."""
 
-    def __init__(self, place: Place, pair: Pair) -> None:
+    def __init__(self, place: Place, pair: Pair, budget: Budget) -> None:
         self._place = place
         self._pair = pair
         self._partition_of = {at.log: partition for partition, at in enumerate(place.at)}
         self._turns = Turns()
         self._sizes = Sizes()
+        self._budget = budget
         self._ahead: _Ahead | None = None
 
     @property
@@ -68,14 +70,13 @@ class Pages:
 
     async def read_ahead(self, cursors: Mapping[int, Cursor], pages: Mapping[int, Page], limit: int) -> None:
         """Send the read that comes after these pages, where it need not wait for anything."""
-        left = dict(cursors)
-        for partition, page in pages.items():
-            cursor = cursors[partition]
-            left[partition] = Cursor(page[-1][0].decode(), cursor.room - len(page), cursor.epoch)
-        left = {partition: cursor for partition, cursor in left.items() if cursor.room > 0}
-        partitions, busy = self._turns.next(left, self._sizes.most)
-        if busy and not self._sizes.unsure:
-            asked = {partition: left[partition] for partition in partitions}
+        if self._sizes.unsure:
+            return
+        read = {partition: _behind(cursors[partition], page) for partition, page in pages.items()}
+        filled = [partition for partition, cursor in read.items() if cursor.room <= 0]
+        partitions, busy = self._turns.busy(cursors, self._most, filled)
+        if busy:
+            asked = {partition: read.get(partition) or cursors[partition] for partition in partitions}
             count = self._count(asked, busy, limit)
             self._ahead = _Ahead(asked, count, await self._pair.post(self._command(asked, count, 0)))
 
@@ -90,7 +91,7 @@ class Pages:
         }
 
     async def _read(self, cursors: Mapping[int, Cursor], limit: int, wait_s: float) -> dict[int, Page]:
-        partitions, busy = self._turns.next(cursors, self._sizes.most)
+        partitions, busy = self._turns.next(cursors, self._most)
         asked = {partition: cursors[partition] for partition in partitions}
         count = self._count(asked, busy, limit)
         block_s = 0.0 if busy or self._pair.woken else min(wait_s, BLOCK_S)
@@ -117,10 +118,18 @@ class Pages:
     def _count(self, asked: Mapping[int, Cursor], busy: int, limit: int) -> int:
         page = max(PAGE, min(limit, MAX_EVENTS) // busy) if busy else MAX_EVENTS // len(asked)
         room = max([cursor.room for cursor in asked.values()])
-        return max(1, min(page, room, self._sizes.most // len(asked)))
+        return max(1, min(page, room, self._most // len(asked)))
+
+    @property
+    def _most(self) -> int:
+        return self._sizes.within(min(MAX_REPLY_BYTES, self._budget.read_bytes))
 
     def _command(self, asked: Mapping[int, Cursor], count: int, block_ms: int) -> bytes:
         block = ("BLOCK", block_ms) if block_ms > 0 else ()
         logs = [self._place.at[partition].log for partition in asked]
         ids = [cursor.after or BEFORE_ALL for cursor in asked.values()]
         return pack("XREAD", "COUNT", count, *block, "STREAMS", *logs, *ids)
+
+
+def _behind(cursor: Cursor, page: Page) -> Cursor:
+    return Cursor(page[-1][0].decode(), cursor.room - len(page), cursor.epoch)

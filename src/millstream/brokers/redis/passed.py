@@ -55,6 +55,8 @@ class Passed:
 
     def passages(self, answers: Sequence[Any], found: Sequence[Any]) -> list[Passage]:
         """What has to be looked at more closely, by the answers to these commands and to the read."""
+        if not self._looked:
+            return []
         brought = {log: entries for log, entries in found if entries}
         passages: list[Passage] = []
         for partition, groups, length in zip(self._looked, answers[::2], answers[1::2], strict=True):

@@ -24,12 +24,16 @@ class Sizes:
     @property
     def most(self) -> int:
         """How many events to ask for, in all."""
-        return max(1, MAX_REPLY_BYTES // max(1, self._assumed_bytes, self._largest_bytes))
+        return self.within(MAX_REPLY_BYTES)
 
     @property
     def unsure(self) -> bool:
         """True while events may be larger than all that were seen."""
         return self._assumed_bytes > self._largest_bytes
+
+    def within(self, size_bytes: int) -> int:
+        """The same, where they are to be of no more bytes than that; one at least."""
+        return max(1, size_bytes // max(1, self._assumed_bytes, self._largest_bytes))
 
     def seen(self, largest_bytes: int) -> None:
         """An answer came, with a largest event of so many bytes."""

@@ -4,10 +4,14 @@ Any process does so, at any time. Each step of one partition is one script, whic
 moment, so several at once do no harm. Beforehand only that is found out which may be a little old: how many events the other
 partitions have, how large events are, when somebody was last seen in a group, and what the dead letters need.
 
-Mostly there is nothing to do, and that one write tells: what is due next, and how long each log is. A round costs the server
-about 0.1 ms a partition; so that many processes do not add up, who comes right after another tells what that one has found,
-and only publishes what is due. A stream that asks for nothing has a round every few seconds, and one when its log is shorter
-than it was: then somebody else has trimmed it.
+Mostly there is nothing to do, and that one write tells: what is due next, and how long each log is. One process does so for
+all: it leaves with the stream when it looked last, and while that is fresh, the others ask for that alone. When it looks no
+more, whoever comes next takes its place; what is known to be due is published in time all the same, since each process knows
+it. Fifty idle workers with 256 partitions took 16 % of the server's core when each looked, and take 5 %.
+
+A round costs the server about 0.1 ms a partition; so that many processes do not add up, who comes right after another tells
+what that one has found, and only publishes what is due. A stream that asks for nothing has a round every few seconds, and
+one when its log is shorter than it was: then somebody else has trimmed it.
 
 Redis removes whole nodes of a log, of up to a hundred events: so many may stay beyond what was asked for.
 """
@@ -42,6 +46,9 @@ MAX_REMOVED_BYTES = 67_108_864  # to free large ones takes longer
 MAX_BODIES_BYTES = 1_048_576  # of events that a step looks at to tell whether they are needed
 REST = 10  # times as long as a round took nobody else begins one: all processes together cost as much as one
 PLAIN_S = 5.0  # how often a stream that asks for nothing has a round
+FRESH_MS = 750  # so long after a look nobody else looks: more than what lies between two looks of one process
+RENEW_MS = 450  # so long after a look it is time to say that one was there again: less than that
+YIELD_MS = 100  # so much later than the one that looks do the others see to what is due
 AT_ONCE = 8  # partitions in one write, or the server would do nothing else meanwhile
 NODE_EVENTS = 100  # `stream-node-max-entries`
 GROUP_FIELDS = ("entered:", "told:", "announced:")  # what housekeeping notes of a group
@@ -90,6 +97,10 @@ class Found(Struct, frozen=True):
     """What a round has found, kept with the stream: others need not look again at once."""
 
     by: str = ""
+    """Who looks at the stream; the others need not, while that is fresh."""
+    looked_ms: int = 0
+    due_ms: int | None = None
+    """When the next event for later was due then."""
     at_ms: int = 0
     until_ms: int = 0
     plain: bool = False
@@ -108,9 +119,9 @@ class Glance(NamedTuple):
     declared: bool
     found: Found
     due_ms: int | None
-    """When the next event for later is due."""
-    lengths: Sequence[int]
-    """How many events each partition has."""
+    """When the next event for later is due, as far as was asked."""
+    lengths: Sequence[int] | None
+    """How many events each partition has; None: that was not asked."""
 
 
 class Tending:
@@ -126,27 +137,35 @@ class Tending:
         """One round."""
         link = await self._broker.control()
         known = await self._broker.known(stream, link)
-        glance = await self._glance(link, known)
-        shrunk = any(now < before for now, before in zip(glance.lengths, self._lengths.get(stream, ()), strict=False))
-        self._lengths[stream] = glance.lengths
-        todo = self._todo(glance, shrunk)
+        before = self._lengths.pop(stream, None)  # None: it was somebody else who looked last
+        glance = await self._glance(link, known, closely=before is not None)
+        if self._is_seen_to(glance):
+            return self._told(known, glance.found, Tended(due_ms=_later(glance.found.due_ms)))
+        if glance.lengths is None:
+            glance = await self._glance(link, known, closely=True)
+        lengths = self._lengths[stream] = glance.lengths or ()
+        todo = self._todo(glance, any(now < then for now, then in zip(lengths, before or (), strict=False)))
         published, due_ms, found, tended = 0, glance.due_ms, glance.found, Tended()
         if todo or (due_ms is not None and due_ms <= glance.now_ms):
             published, due_ms = await ripen(self._broker, known)
         if todo:
             tended, found = await self._kept(link, known, glance)
-        known.pinned_by = found.pinned_by
-        state = {name: getattr(found, name) for name in ("fading", "forgotten", "fullness", "pinned_by")}
-        return replace(tended, published=published, due_ms=due_ms, **state)
+        await self._leave(link, known, glance, replace(found, due_ms=due_ms))
+        return self._told(known, found, replace(tended, published=published, due_ms=due_ms))
 
-    async def _glance(self, link: Link, known: Known) -> Glance:
-        keys, partitions = known.keys, range(known.spec.partitions)
+    def _told(self, known: Known, found: Found, tended: Tended) -> Tended:
+        known.pinned_by = found.pinned_by
+        return replace(
+            tended, **{name: getattr(found, name) for name in ("fading", "forgotten", "fullness", "pinned_by")}
+        )
+
+    async def _glance(self, link: Link, known: Known, *, closely: bool) -> Glance:
+        keys, partitions = known.keys, range(known.spec.partitions if closely else 0)
         fields = "policy", "pinned_by", "partitions", "tended"
         asked: list[tuple[Any, ...]] = [("TIME",), ("HMGET", keys.stream_meta, *fields)]
         asked += [("ZRANGE", keys.later(p), 0, 0, "WITHSCORES") for p in partitions]
-        time, (policy, pinned_by, declared, left), *rest = await link.calls(
-            [*asked, *(("XLEN", log) for log in keys.logs)]
-        )
+        asked += [("XLEN", keys.log(p)) for p in partitions]
+        time, (policy, pinned_by, declared, left), *rest = await link.calls(asked)
         first, lengths = _good(link, rest[: len(partitions)]), rest[len(partitions) :]
         known.learn(policy, pinned_by, self._broker.clock.monotonic())
         due_ms = [int(float(found[1])) for found in first if found]
@@ -156,12 +175,20 @@ class Tending:
             bool(declared),
             _found(left),
             min(due_ms, default=None),
-            [0 if isinstance(length, ReplyError) else length for length in lengths],
+            [0 if isinstance(length, ReplyError) else length for length in lengths] if closely else None,
         )
+
+    def _is_seen_to(self, glance: Glance) -> bool:
+        """Somebody else looks at the stream, and has not left anything undone."""
+        found, now_ms = glance.found, glance.now_ms
+        if found.by == self._name or found.plain != _plain(glance.policy):
+            return False
+        until_ms = min(found.looked_ms + FRESH_MS, _later(found.due_ms) or now_ms + 1)
+        return found.looked_ms <= now_ms < until_ms  # a clock may go back
 
     def _todo(self, glance: Glance, shrunk: bool) -> bool:
         found, plain = glance.found, _plain(glance.policy)
-        if found.plain != plain or not found.at_ms <= glance.now_ms < found.until_ms:  # a clock may go back
+        if found.plain != plain or not found.at_ms <= glance.now_ms < found.until_ms:
             return True
         return shrunk if plain else found.by == self._name
 
@@ -170,12 +197,24 @@ class Tending:
         tended, fullness = await self._round(link, known, glance.policy, glance.now_ms)
         plain = _plain(glance.policy)
         rest_s = PLAIN_S if plain else (self._broker.clock.monotonic() - begun) * (1 + REST)
-        state = tended.fading, tended.forgotten, fullness, tended.pinned_by
-        found = Found(self._name, glance.now_ms, glance.now_ms + int(rest_s * 1000), plain, *state)
+        return tended, Found(
+            at_ms=glance.now_ms,
+            until_ms=glance.now_ms + int(rest_s * 1000),
+            plain=plain,
+            fading=tended.fading,
+            forgotten=tended.forgotten,
+            fullness=fullness,
+            pinned_by=tended.pinned_by,
+        )
+
+    async def _leave(self, link: Link, known: Known, glance: Glance, found: Found) -> None:
+        """Tell the others what was found, and that this process looks; it need not say the same again and again."""
+        if found == glance.found and found.by == self._name and glance.now_ms - found.looked_ms < RENEW_MS:
+            return
         if glance.declared:  # else it was discarded meanwhile
-            told = "pinned_by", found.pinned_by, "tended", msgspec.json.encode(found)
+            text = msgspec.json.encode(replace(found, by=self._name, looked_ms=glance.now_ms))
+            told = "pinned_by", found.pinned_by, "tended", text
             await link.calls([("HSET", known.keys.stream_meta, *told)])  # may be refused at maxmemory: all is done
-        return tended, found
 
     async def _round(self, link: Link, known: Known, policy: Policy, now_ms: int) -> tuple[Tended, float]:
         parts: dict[int, Part] = {}
@@ -306,6 +345,11 @@ async def _clear(link: Link, known: Known, parts: Mapping[int, Part]) -> None:
 
 def _batches(partitions: Sequence[int]) -> list[Sequence[int]]:
     return [partitions[first : first + AT_ONCE] for first in range(0, len(partitions), AT_ONCE)]
+
+
+def _later(due_ms: int | None) -> int | None:
+    """When those who do not look see to what is due: the one that does is faster, if it lives."""
+    return None if due_ms is None else due_ms + YIELD_MS
 
 
 def _plain(policy: Policy) -> bool:

@@ -23,6 +23,7 @@ from millstream.brokers.sqlite import log, parked, verbs
 from millstream.brokers.sqlite.member import alive
 from millstream.brokers.sqlite.parked import Part
 from millstream.errors import BrokerRefused
+from millstream.wire import compression
 
 if TYPE_CHECKING:
     from millstream.brokers.sqlite.broker import SQLiteBroker
@@ -170,6 +171,12 @@ class SQLiteAdmin:
             db.execute("UPDATE stream SET policy = ? WHERE id = ?", (log.written(policy), known.id))
 
         await self._broker.writer.ask(job, durable=True, rings=True)
+
+    async def train(self, stream: str, number: int, content: bytes = b"") -> None:
+        """Store a dictionary, and have publishers use it from now on."""
+        compression.check_size(content)
+        name = self._broker.inside(stream)
+        await self._broker.writer.ask(lambda db: verbs.train(db, name, number, content), durable=True)
 
     async def discard(self, stream: str) -> None:
         """Delete a stream with all that it has, in short transactions: one that is interrupted has less, and no groups."""

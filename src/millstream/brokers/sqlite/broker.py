@@ -77,6 +77,7 @@ class SQLiteBroker:
             retention=True,
             slots=True,
             packs=True,
+            dictionaries=True,
         )
 
     async def open(self) -> None:
@@ -178,6 +179,16 @@ class SQLiteBroker:
             return {p: Position(p, str(seq)) if seq else None for p, seq in found.items()}
 
         return await self.reader.ask(job)
+
+    async def policy(self, stream: str) -> Policy:
+        """What holds for a declared stream."""
+        name = self.inside(stream)
+        return await self.reader.ask(lambda db: log.known_as(db, name).policy)
+
+    async def dictionary(self, stream: str, number: int) -> bytes | None:
+        """A dictionary of a stream, or None."""
+        name = self.inside(stream)
+        return await self.reader.ask(lambda db: log.dictionary(db, log.known_as(db, name), number))
 
     async def wait(self, stream: str, after: Mapping[int, Position | None], wait_s: float) -> None:
         """Return when there is an event behind one of these positions, or the time is up."""

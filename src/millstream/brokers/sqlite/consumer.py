@@ -24,7 +24,7 @@ import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from millstream.brokers.base import Claim, Dead, Kept, Position, Settlement, Subscription, finished
+from millstream.brokers.base import Claim, Dead, Kept, Position, Settlement, Subscription
 from millstream.brokers.sqlite import group, member
 from millstream.brokers.sqlite.member import Life, Member
 from millstream.brokers.sqlite.watch import Watch
@@ -89,7 +89,11 @@ class SQLiteConsumer:
 
     async def finish(self, positions: Sequence[Position]) -> list[bool]:
         """`settle` for events that are done, and with which nothing is stored."""
-        return await self.settle(finished(positions))
+        me, attempts = self._me, [self._held.get(position, 0) for position in positions]
+        if me is None or not any(attempts):
+            return [False] * len(attempts)
+        results = await self._broker.writer.ask(lambda db: group.finish(db, me, positions, attempts), durable=True)
+        return self._answered(me, positions, attempts, results)
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[bool]:
         """Store outcomes with their outputs, all in one transaction: when it raises, none is stored, or it is in doubt.
@@ -144,22 +148,29 @@ class SQLiteConsumer:
             logger.warning("group %s could not be left: %s", self._subscription.group, error)
 
     async def _settle(self, settlements: Sequence[Settlement]) -> list[bool]:
-        me = self._me
-        items = [(settlement, self._held.get(settlement.position, 0)) for settlement in settlements]
-        if me is None or not any(attempt for _, attempt in items):
-            return [False] * len(items)
+        me, positions = self._me, [settlement.position for settlement in settlements]
+        attempts = [self._held.get(position, 0) for position in positions]
+        if me is None or not any(attempts):
+            return [False] * len(attempts)
         now_ms, inside = self._clock.now_ms(), self._broker.inside
         results = await self._broker.writer.ask(
-            lambda db: group.settle(db, me, items, inside, now_ms),
+            lambda db: group.settle(db, me, settlements, attempts, inside, now_ms),
             durable=True,
             rings=any(group.wakes(settlement) for settlement in settlements),
         )
+        return self._answered(me, positions, attempts, results)
+
+    def _answered(
+        self, me: Member, positions: Sequence[Position], attempts: Sequence[int], results: list[bool] | None
+    ) -> list[bool]:
+        """Those are not held any more; None: nothing is, by that life."""
         if results is None:
             self._lose(me)
-        for settlement, attempt in items:
-            if self._held.get(settlement.position) == attempt:
-                del self._held[settlement.position]
-        return [False] * len(items) if results is None else results
+        held = self._held
+        for position, attempt in zip(positions, attempts, strict=True):
+            if held.get(position) == attempt:
+                del held[position]
+        return [False] * len(attempts) if results is None else results
 
     async def _take(self, limit: int) -> list[Claim]:
         # Not while something is held: it was lost, and `keep` has to tell it first.

@@ -30,8 +30,11 @@ Synchronous: TypeAlias = Literal["full", "normal"]
 MAGIC = b"SQLite format 3\0"
 HEADER_BYTES = 100  # https://www.sqlite.org/fileformat.html#the_database_header
 APPLICATION_ID = 0x4D696C6C  # "Mill": tells our files from other programs' SQLite databases
-SCHEMA_VERSION = 4
-SCHEMAS = ("schema.sql", "schema_2.sql", "schema_3.sql", "schema_4.sql")  # what each version adds to the one before it
+SCHEMA_VERSION = 5
+SCHEMAS = (  # what each version adds to the one before it
+    *("schema.sql", "schema_2.sql", "schema_3.sql"),
+    *("schema_4.sql", "schema_5.sql"),
+)
 BUSY_MS = 10_000  # only strangers (a shell, a backup) hold SQLite's lock without the turnstile; they are soon done
 WAL_KEPT_BYTES = 4_194_304  # never cut below this: on a full disk, what was taken can still be settled
 CACHE_KIB = 16_384

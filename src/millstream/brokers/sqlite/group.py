@@ -173,24 +173,36 @@ def wakes(settlement: Settlement) -> bool:
     return bool(settlement.outputs) or not isinstance(settlement.outcome, Done)
 
 
+def finish(
+    db: sqlite3.Connection, me: Member, positions: Sequence[Position], attempts: Sequence[int]
+) -> list[bool] | None:
+    """`settle` for what is done and leaves nothing."""
+    if not present(db, me):
+        return None
+    rows = _rows(me, positions, attempts)
+    finished = _finish_all(db, me, zip(rows, attempts, strict=True))
+    _count(db, me, len(finished), 0)
+    return [finished.pop(row, False) for row in rows]  # told once
+
+
 def settle(
     db: sqlite3.Connection,
     me: Member,
-    items: Sequence[tuple[Settlement, int]],
+    settlements: Sequence[Settlement],
+    attempts: Sequence[int],
     inside: Callable[[str], str],
     now_ms: int,
 ) -> list[bool] | None:
-    """Store outcomes, and their outputs, of what is held at the attempt given; False for all else."""
+    """Store outcomes, and their outputs, of what is held at the attempt given, not 0; False for all else."""
     if not present(db, me):
         return None
-    rows = [log.row_of(me.stream, settlement.position) if attempt else 0 for settlement, attempt in items]
-    plain = [type(settlement.outcome) is Done and not settlement.letters for settlement, _ in items]
-    finished = _finish_all(db, me, compress(zip(rows, items, strict=True), plain))
+    rows = _rows(me, [settlement.position for settlement in settlements], attempts)
+    plain = [type(settlement.outcome) is Done and not settlement.letters for settlement in settlements]
+    finished = _finish_all(db, me, compress(zip(rows, attempts, strict=True), plain))
     done, retried, outputs, results = len(finished), 0, list[Output](), list[bool]()
-    for row, is_plain, (settlement, attempt) in zip(rows, plain, items, strict=True):
+    for row, attempt, is_plain, settlement in zip(rows, attempts, plain, settlements, strict=True):
         if is_plain:
-            settled = row in finished
-            finished.discard(row)  # told once
+            settled = finished.pop(row, False)
         else:
             end = _settle(db, _Mine(me.group, me.id, row, attempt), settlement, now_ms) if attempt else None
             settled = end is not None
@@ -200,21 +212,34 @@ def settle(
         if settled:
             outputs += settlement.outputs
     storing.store_outputs(db, outputs, inside, now_ms)
-    if done or retried:
-        db.execute("UPDATE grp SET done = done + ?, retried = retried + ? WHERE id = ?", (done, retried, me.group))
+    _count(db, me, done, retried)
     return results
 
 
-def _finish_all(db: sqlite3.Connection, me: Member, items: Iterable[tuple[int, tuple[Settlement, int]]]) -> set[int]:
-    """Let go what is done, and leaves nothing but outputs; the rows of what of it was ours."""
-    done: defaultdict[int, list[int]] = defaultdict(list)
-    for row, (_, attempt) in items:
+def _rows(me: Member, positions: Sequence[Position], attempts: Sequence[int]) -> list[int]:
+    """Where these lie; 0 for those that are not held, which may have no place of ours."""
+    first = log.log_of(me.stream, 0)
+    return [
+        first + position.partition << log.SEQ_BITS | int(position.offset) if attempt else 0
+        for position, attempt in zip(positions, attempts, strict=True)
+    ]
+
+
+def _count(db: sqlite3.Connection, me: Member, done: int, retried: int) -> None:
+    if done or retried:
+        db.execute("UPDATE grp SET done = done + ?, retried = retried + ? WHERE id = ?", (done, retried, me.group))
+
+
+def _finish_all(db: sqlite3.Connection, me: Member, held: Iterable[tuple[int, int]]) -> dict[int, bool]:
+    """Let go what is done, and leaves nothing but outputs: rows and attempts. True for each that was ours."""
+    done: defaultdict[int, set[int]] = defaultdict(set)
+    for row, attempt in held:
         if attempt:
-            done[attempt].append(row)
-    finished: set[int] = set()
-    for attempt, those in done.items():
-        for run in _runs(sorted(those)):
-            finished.update(_finish(db, me, attempt, run))
+            done[attempt].add(row)
+    finished: dict[int, bool] = {}
+    for attempt, rows in done.items():
+        for run in _runs(sorted(rows)):
+            finished |= dict.fromkeys(_finish(db, me, attempt, run), True)
     return finished
 
 
@@ -233,6 +258,9 @@ def _finish(db: sqlite3.Connection, me: Member, attempt: int, run: Sequence[int]
 
 def _runs(rows: Sequence[int]) -> Iterator[Sequence[int]]:
     """Cut sorted rows into pieces without a gap."""
+    if rows and rows[-1] - rows[0] == len(rows) - 1:
+        yield rows
+        return
     begin = 0
     for end in range(1, len(rows) + 1):
         if end == len(rows) or rows[end] != rows[end - 1] + 1:
@@ -328,7 +356,7 @@ def _take_fresh(db: sqlite3.Connection, me: Member, turn: int, budget: log.Budge
             break
         base = id_ << log.SEQ_BITS
         page = log.page(db, base | seq, base | last, budget)
-        claims += [Claim.of(stored, 1) for stored in page]
+        claims += [Claim(stored.position, stored.record, 1) for stored in page]
         taken = last if budget.events else int(page[-1].position.offset)
         db.execute(
             "INSERT INTO pending (grp, consumer, row, attempt) SELECT ?, ?, row, 1 FROM event WHERE row > ? AND row <= ?",

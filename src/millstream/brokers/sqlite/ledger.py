@@ -97,6 +97,7 @@ class SQLiteLedger:
     async def read(self, cursors: Mapping[int, Cursor], limit: int, wait_s: float) -> list[Claim]:
         """Events behind the cursors; waits for the first one."""
         me, wakes, until_s = self._me, self._wakes, self._clock.monotonic() + wait_s
+        cursors = dict(cursors)
         while True:
             bell = self._broker.writer.bell
             turn = self._turn

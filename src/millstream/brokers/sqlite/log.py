@@ -71,13 +71,17 @@ class Budget:
 
     def __init__(self, events: int, max_bytes: int = MAX_TAKE_BYTES) -> None:
         self.events = events
-        self._left_bytes = max_bytes
+        self.bytes = max_bytes
 
     def spend(self, stored: Stored) -> bool:
         """Count an event in; False once there is no room for another one."""
-        self._left_bytes -= len(stored.record.data) + len(stored.record.headers)
-        self.events = self.events - 1 if self._left_bytes > 0 else 0
+        self.spend_all(1, len(stored.record.data) + len(stored.record.headers))
         return self.events > 0
+
+    def spend_all(self, events: int, bytes: int) -> None:
+        """Count several in."""
+        self.bytes -= bytes
+        self.events = self.events - events if self.bytes > 0 else 0
 
 
 def declare(db: sqlite3.Connection, name: str, spec: StreamSpec, policy: Policy | None = None) -> Known:
@@ -113,6 +117,12 @@ def known_as(db: sqlite3.Connection, name: str) -> Known:
     return found
 
 
+def dictionary(db: sqlite3.Connection, stream: Known, number: int) -> bytes | None:
+    """The dictionary of a stream with this number, or None."""
+    found = db.execute("SELECT content FROM dictionary WHERE stream = ? AND number = ?", (stream.id, number)).fetchone()
+    return found[0] if found else None
+
+
 def read(db: sqlite3.Connection, name: str, partition: int, after: Position | None, limit: int) -> list[Stored]:
     """Up to `limit` events behind a position, in order, as many as one answer holds."""
     first = known_as(db, name).log(partition) << SEQ_BITS
@@ -122,13 +132,15 @@ def read(db: sqlite3.Connection, name: str, partition: int, after: Position | No
 def page(db: sqlite3.Connection, behind: int, last: int, budget: Budget) -> list[Stored]:
     """Events behind a place of the file and up to another one, as many as the budget allows; one at least, if any."""
     events: list[Stored] = []
+    taken_bytes, most_bytes = 0, budget.bytes
     # One that is left open keeps its statement: the next page would have to compile it anew, for 3 µs.
     with closing(db.execute(_PAGE, (behind, last, budget.events))) as rows:
         for row in rows:
-            event = stored(row)
-            events.append(event)
-            if not budget.spend(event):
+            events.append(stored(row))
+            taken_bytes += len(row[-1]) + len(row[-2] or b"")
+            if taken_bytes >= most_bytes:
                 break
+    budget.spend_all(len(events), taken_bytes)
     return events
 
 
@@ -166,9 +178,9 @@ def ends_behind(db: sqlite3.Connection, log: int, seq: int) -> bool:
 def stored(row: Row, part: int | None = None) -> Stored:
     """The event of a row that was selected as `COLUMNS`; with a part, it is that one of the pack that lies there."""
     place, id_, type_, source, stored_ms, time_ms, subject, headers, data = row
-    position = position_of(place, part)
-    record = Record(position.partition, id_, type_, data, subject, time_ms or stored_ms, headers or b"", None, source)
-    return Stored(position, record)
+    partition, offset = (place >> SEQ_BITS) % MAX_PARTITIONS, str(place & MAX_SEQ)
+    record = Record(partition, id_, type_, data, subject, time_ms or stored_ms, headers or b"", None, source)
+    return Stored(Position(partition, offset if part is None else part_offset(offset, part)), record)
 
 
 def left(text: str | None) -> Sequence[int]:

@@ -1,7 +1,7 @@
 """Storing events: at the end of their partitions, or aside until they are due. Functions of a connection in a transaction.
 
-A stream without a policy costs one statement to find it, one per partition to find its end, one for fifty events and one
-for all ends. Ids are looked at first, so that a repeat needs no room; then the ceiling. What raises has stored nothing:
+A stream without a policy costs one statement to find it, one to find the ends of its partitions, one for fifty events and
+one per end. Ids are looked at first, so that a repeat needs no room; then the ceiling. What raises has stored nothing:
 its transaction is rolled back.
 
 Of a 200-byte event among a thousand, 0.5 µs are its row and its position, 1.1 its INSERT, 0.7 the commit. The INSERT took
@@ -9,8 +9,10 @@ Of a 200-byte event among a thousand, 0.5 µs are its row and its position, 1.1 
 it is given, `sqlite3` looks for an adapter and words two errors on finding none. So a row has neither: a `bytearray` is
 bound as it is, and SQL makes NULL of what is empty.
 
-Over 256 partitions all this takes 11 µs in place of 3: SQLite writes whole pages, and the ends of that many partitions lie
-in as many. So pages of 8 KB, which save 0.3 µs in one partition, cost more than that in 64.
+Over 256 partitions all this takes 10 µs in place of 3: SQLite writes whole pages, and the ends of that many partitions lie
+in as many, 4.6 KB for each of a thousand events, and 1.5 KB for each of ten thousand. So pages of 8 KB, which save 0.3 µs in
+one partition, cost more than that in 64. Rows are inserted partition by partition, which finds each page once: with one look
+at all ends that is 13 % of the instructions outside of the system's own.
 """
 
 # ruff: noqa: S608 - what statements are put together from are constants of this file
@@ -28,6 +30,7 @@ from millstream.brokers.sqlite import log, remembered, room
 MAX_RIPE = 1_000  # delayed events in one step: others want to write too
 AT_ONCE = 50  # rows in one INSERT; a hundred cost no less, and SQLite keeps a copy of them until the next fifty
 
+_EMPTY = bytearray()
 _ROW = "(?, ?, ?, ?, ?, NULLIF(?, 0), NULLIF(?, ''), ?, ?)"
 _INSERT = f"INSERT INTO event VALUES {_ROW}"
 # OR FAIL: else SQLite keeps a copy of each page, to undo this statement alone. Whoever asked undoes the whole transaction.
@@ -45,13 +48,15 @@ class Ripe(NamedTuple):
 class _End:
     """Where the next event of a partition goes, while a request is being stored."""
 
-    __slots__ = ("base", "bytes", "last", "last_ms")
+    __slots__ = ("base", "bytes", "last", "last_ms", "log", "rows")
 
     def __init__(self, log_: int, last: int, last_ms: int, bytes: int) -> None:
+        self.log = log_
         self.base = log_ << log.SEQ_BITS
         self.last = last
         self.last_ms = last_ms
         self.bytes = bytes
+        self.rows: list[log.Row] = []
 
 
 def store(
@@ -128,8 +133,9 @@ def ripen(db: Connection, name: str, now_ms: int) -> Ripe:
 
 def _put(db: Connection, stream: log.Known, records: Sequence[Record], now_ms: int) -> list[Position]:
     """Store records whose ids do not matter."""
-    ends: dict[int, _End] = {}
-    rows = []
+    if not records:
+        return []
+    ends = _ends(db, stream, records, now_ms)
     later: list[Record] = []
     positions = []
     for record in records:
@@ -138,21 +144,19 @@ def _put(db: Connection, stream: log.Known, records: Sequence[Record], now_ms: i
             later.append(record)
             positions.append(Position(partition, LATER))
             continue
-        end = ends.get(partition)
-        if end is None:
-            end = ends[partition] = _end(db, stream.log(partition), now_ms)
-        headers, data = bytearray(record.headers), bytearray(record.data)
+        end = ends[partition]
+        headers, data = bytearray(record.headers) if record.headers else _EMPTY, bytearray(record.data)
         end.bytes += len(data) + len(headers)
         end.last = seq = end.last + 1
         row, key = end.base | seq, record.key or ""
-        rows.append((row, record.id, record.type, record.source, end.last_ms, record.time_ms, key, headers, data))
+        end.rows.append((row, record.id, record.type, record.source, end.last_ms, record.time_ms, key, headers, data))
         positions.append(Position(partition, str(seq)))
-    if rows:
+    if rows := list(chain.from_iterable([end.rows for end in ends.values()])):
         room.check(db, stream, len(rows))
         _insert(db, rows)
         db.executemany(
             "UPDATE log SET last = ?, last_ms = ?, bytes = ? WHERE id = ?",
-            [(end.last, end.last_ms, end.bytes, stream.log(partition)) for partition, end in ends.items()],
+            [(end.last, end.last_ms, end.bytes, end.log) for end in ends.values() if end.rows],
         )
     if later:
         _keep_aside(db, stream, later)
@@ -197,6 +201,12 @@ def _keep_aside(db: Connection, stream: log.Known, records: Sequence[Record]) ->
     db.execute("UPDATE stream SET delayed = delayed + ? WHERE id = ?", (len(records), stream.id))
 
 
-def _end(db: Connection, log_: int, now_ms: int) -> _End:
-    last, last_ms, bytes_ = db.execute("SELECT last, last_ms, bytes FROM log WHERE id = ?", (log_,)).fetchone()
-    return _End(log_, last, max(last_ms, now_ms), bytes_)
+def _ends(db: Connection, stream: log.Known, records: Sequence[Record], now_ms: int) -> dict[int, _End]:
+    """Of each partition that records go to, in the order of the file."""
+    needed = {stream.log(partition): partition for partition in {record.partition for record in records}}
+    found = db.execute("SELECT id, last, last_ms, bytes FROM log WHERE id BETWEEN ? AND ?", (min(needed), max(needed)))
+    return {
+        needed[id_]: _End(id_, last, max(last_ms, now_ms), bytes_)
+        for id_, last, last_ms, bytes_ in found
+        if id_ in needed
+    }

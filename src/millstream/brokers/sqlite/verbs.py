@@ -8,13 +8,17 @@ from collections.abc import Sequence
 from sqlite3 import Connection
 from typing import NamedTuple
 
+from msgspec.structs import replace
+
 from millstream.brokers.base import Start, Stored
+from millstream.brokers.dictionaries import refused
 from millstream.brokers.ledger import Park
 from millstream.brokers.sqlite import log, parked
 from millstream.brokers.sqlite.member import alive
 from millstream.brokers.sqlite.parked import Part
 from millstream.brokers.window import keyless
 from millstream.errors import BrokerRefused
+from millstream.units import MAX_DICTIONARIES
 
 LETTER = "row, event_id, type, source, stored_ms, time_ms, subject, headers, data"  # as `log.stored` takes it
 
@@ -118,6 +122,21 @@ def forget(db: Connection, group: Known) -> None:
     db.execute("DELETE FROM grp WHERE id = ?", (group.id,))
 
 
+def train(db: Connection, stream: str, number: int, content: bytes) -> None:
+    """Store a dictionary, and that it is in use; 0 for none any more. Raises `BrokerRefused`."""
+    known = log.known_as(db, stream)
+    there = log.dictionary(db, known, number)
+    if number and there is None:
+        (count,) = db.execute("SELECT COUNT(*) FROM dictionary WHERE stream = ?", (known.id,)).fetchone()
+        if not content or count >= MAX_DICTIONARIES:
+            raise refused(stream, number, "FULL" if content else "UNKNOWN")
+        db.execute("INSERT INTO dictionary VALUES (?, ?, ?)", (known.id, number, content))
+    elif number and content not in (b"", there):
+        raise refused(stream, number, "TAKEN")
+    policy = replace(known.policy, dictionary=number)
+    db.execute("UPDATE stream SET policy = ? WHERE id = ?", (log.written(policy), known.id))
+
+
 def discard(db: Connection, stream: str, now_s: float) -> bool:
     """Delete a stream with its groups, or a part of it; True when there is more. Raises `BrokerRefused`."""
     known = log.known_as(db, stream)
@@ -130,6 +149,7 @@ def discard(db: Connection, stream: str, now_s: float) -> bool:
     if any(_empty(db, known.log(partition)) for partition in range(known.partitions)) or _empty_aside(db, known):
         return True
     db.execute("DELETE FROM slot WHERE stream = ?", (known.id,))
+    db.execute("DELETE FROM dictionary WHERE stream = ?", (known.id,))
     db.execute("DELETE FROM log WHERE id BETWEEN ? AND ?", known.logs)
     db.execute("DELETE FROM stream WHERE id = ?", (known.id,))
     return False
