@@ -45,11 +45,16 @@ class Page:
 
     folder: Path
     server: RedisServer | None
+    exported: dict[str, str] = field(default_factory=dict)
     background: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def environment(self) -> dict[str, str]:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        return os.environ | {"PATH": path, "COLUMNS": "110", "NO_COLOR": "1", "PYTHONPATH": str(self.folder)}
+        return (
+            os.environ
+            | self.exported
+            | {"PATH": path, "COLUMNS": "110", "NO_COLOR": "1", "PYTHONPATH": str(self.folder)}
+        )
 
     def python(self, text: str) -> None:
         first = FILE.match(text)
@@ -68,7 +73,7 @@ class Page:
                 self.start(command.removesuffix(" &"))
             elif command.startswith("export "):
                 name, _, value = command.removeprefix("export ").partition("=")
-                os.environ[name] = self.mine(value)
+                self.exported[name] = self.mine(value)
             else:
                 self.check(self.mine(command), expected)
 
@@ -143,8 +148,6 @@ def test_every_block_of_the_page_runs(file: Path, tmp_path: Path, monkeypatch: p
     assert text.count("\n```") == 2 * len(blocks) + text.startswith("```"), "a block is not closed"
     for name in [name for name in os.environ if name.startswith("MILLSTREAM_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("MILLSTREAM_BROKER", "")  # remembered, so that what the page exports is undone
-    monkeypatch.delenv("MILLSTREAM_BROKER")
     left_out = 0
     with ExitStack() as stack:
         server = stack.enter_context(RedisServer.start()) if "redis" in text else None

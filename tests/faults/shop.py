@@ -168,17 +168,20 @@ def no_fence() -> None:
     from millstream.brokers.sqlite import group
     from millstream.brokers.sqlite.member import present
 
-    fenced = group.settle
     group._FINISH = "DELETE FROM pending WHERE grp = ? AND ? > 0 AND row = ? AND ? > 0"
+    group._FINISH_RUN = "DELETE FROM pending WHERE grp = ? AND ? > 0 AND row BETWEEN ? AND ? AND ? > 0"
 
-    def believing(*given: Any) -> list[bool] | None:
-        group.present = lambda db, me: True  # type: ignore[attr-defined]
-        try:
-            return fenced(*given)
-        finally:
-            group.present = present  # type: ignore[attr-defined]
+    def believing(fenced: Callable[..., list[bool] | None]) -> Callable[..., list[bool] | None]:
+        def believe(*given: Any) -> list[bool] | None:
+            group.present = lambda db, me: True  # type: ignore[attr-defined]
+            try:
+                return fenced(*given)
+            finally:
+                group.present = present  # type: ignore[attr-defined]
 
-    group.settle = believing  # type: ignore[assignment]
+        return believe
+
+    group.finish, group.settle = believing(group.finish), believing(group.settle)
 
 
 def watched(*given: Any) -> Broker:
