@@ -176,6 +176,24 @@ async def test_an_outcome_between_a_groups_rebirth_and_the_next_delivery_leaves_
         assert ids(await claimed(consumer, 1)) == ids(held)
 
 
+async def test_what_is_given_back_while_its_end_is_being_told_is_handed_out_at_once(server: RedisServer) -> None:
+    async with alone(server) as (broker, consumer):
+        await broker.append("orders", records(1))
+        [held] = await claimed(consumer, 1)
+        async with asyncio.TaskGroup() as group:
+            answered, hold = late_answer(life_of(consumer).writer)
+            finishing = group.create_task(consumer.finish([held.position]))
+            await answered.wait()
+            assert await broker.admin.give("orders", GROUP, [held.stored]) == 1
+            life_of(consumer).set_free([0])
+            assert await consumer.fetch(10, 0) == [], "we still hold it, as far as we know"
+            hold.set()
+        assert finishing.result() == [True]
+        [again] = await claimed(consumer, 1)
+        assert again.stored == held.stored and await consumer.finish([again.position]) == [True]
+        assert (await broker.admin.groups("orders"))[0].pending == 0
+
+
 async def test_a_stream_that_begins_anew_is_read_from_its_beginning(server: RedisServer) -> None:
     async with alone(server) as (broker, consumer):
         late = await joined(broker, group="late", start="now")

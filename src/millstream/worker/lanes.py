@@ -288,9 +288,8 @@ class Lanes:
             async with self._gate.alone():
                 if await self._begin(claims):
                     await self._call(lane, route, claims)
-                    await (
-                        self._settler.caught_up()
-                    )  # before the next one may kill us, or this one would be blamed for it
+                    # Before the next one may kill us, or this one would be blamed for it.
+                    await self._settler.caught_up()
 
     async def _call(self, lane: Lane, route: Route, claims: Sequence[Claim]) -> None:
         await self._handle(lane, route, claims[0])

@@ -133,12 +133,14 @@ class RedisConsumer:
     async def finish(self, positions: Sequence[Position]) -> list[bool]:
         """`settle` for events that are done, and with which nothing is stored: the hot path, fresh events in one write."""
         life = self._life
-        if life is None or not life.connected or life.doubted:
+        if life is None or not life.connected or life.in_doubt:
             return await self.settle(finished(positions))
         try:
             others = await self._acknowledge(life, positions)
         except (GroupVanished, LeaseLost):  # `settle` meets it again, and knows what to do
             return await self.settle(finished(positions))
+        if life.in_doubt:  # since a moment ago: it was given back while we told its end
+            life.answered(set(positions).difference(others))
         if life.fenced:
             self._end(life)
         if not others:
@@ -159,7 +161,8 @@ class RedisConsumer:
         results = life.stored(settlements)
         try:
             await self._settle_or_heal(life, settlements, results)
-            life.answered(settlements)
+            if life.in_doubt:
+                life.answered([settlement.position for settlement in settlements])
         except LeaseLost as error:
             self._complain(error)
         if life.fenced:

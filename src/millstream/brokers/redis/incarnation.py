@@ -191,16 +191,16 @@ class Incarnation:
 
     def stored(self, settlements: Sequence[Settlement]) -> list[bool]:
         """Which of these are known to be stored: the answer was lost, and the event came to us once more since."""
-        if not self._returned:
-            return [False] * len(settlements)
         return [settlement.position in self._returned for settlement in settlements]
 
-    def answered(self, settlements: Iterable[Settlement]) -> None:
+    @property
+    def in_doubt(self) -> bool:
+        """True while something may be sent again, or waits for that."""
+        return bool(self.doubted or self._returned)
+
+    def answered(self, positions: Iterable[Position]) -> None:
         """Nothing of these will be sent again: what came once more since is handed out."""
-        if not (self.doubted or self._returned):
-            return
-        for settlement in settlements:
-            position = settlement.position
+        for position in positions:
             self.doubted.discard(position)
             if (claim := self._returned.pop(position, None)) is not None:
                 self.held[position.partition].setdefault(position.offset, -claim.attempt)
